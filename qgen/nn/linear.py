@@ -1,0 +1,55 @@
+"""QuantLinear: y = Q((x / smooth) H) W₄ᵀ + (x downᵀ) upᵀ + bias, one op in the graph."""
+
+__all__ = ["QuantLinear"]
+
+import torch
+from torch import Tensor, nn
+
+from qgen.nn.packed import Layout, Packed
+from qgen.site import Draft
+
+
+class QuantLinear(Packed, nn.Linear):
+    """A packed linear layer, for `nn.Linear(K, N)`: x (…, K) to (…, N) in x's dtype.
+
+    `isinstance(layer, nn.Linear)` holds, as LoRA loaders require; `layer.weight` is a placeholder, `dequantize()` gives values.
+    """
+
+    def __init__(self, k: int, n: int, layout: Layout, dtype: torch.dtype, device: str = "meta"):
+        """An empty layer to be filled by a loader. k, n: in and out features; dtype: of the float slots."""
+        self._setup(n, k, layout.weight, layout.act, layout.hadamard, dtype)
+        self.in_features, self.out_features = k, n
+        self.fill(layout.empty(n, k, dtype, device))
+
+    @classmethod
+    def from_draft(cls, draft: Draft, index: int = 0, dtype: torch.dtype = torch.bfloat16) -> "QuantLinear":
+        """The layer of the draft's site number `index`; rounds to nearest what no method has rounded."""
+        slots = slots_of(draft, index, dtype)
+        layout = Layout(draft.spec.weight, draft.act, 0 if draft.down is None else draft.down.shape[0], draft.hadamard, tuple(slots))
+        layer = cls(draft.weight.shape[1], draft.sites[index].shape[0], layout, dtype)
+        layer.fill(slots)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+
+def slots_of(draft: Draft, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Canonical tensors of one site of a draft: its rows of what is stacked along N, its own copy of what is shared."""
+    draft = draft.rounded()
+    start = sum(site.shape[0] for site in draft.sites[:index])
+    rows = slice(start, start + draft.sites[index].shape[0])
+    q, bias = draft.qweight, draft.folded_bias()
+    per_row = q.global_scale is not None and q.global_scale.ndim > 0
+    slots = {
+        "codes": q.codes[rows],
+        "scales": q.scales[rows],
+        "global_scale": q.global_scale[rows] if per_row else q.global_scale,
+        "zero": None if q.zero is None else q.zero[rows],
+        "smooth": None if draft.smooth is None else draft.smooth.to(dtype),
+        "down": None if draft.down is None else draft.down.to(dtype),
+        "up": None if draft.up is None else draft.up[rows].to(dtype),
+        "bias": None if bias is None else bias[rows].to(dtype),
+        "shift": None if draft.shift is None else draft.shift.to(dtype),
+    }
+    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in slots.items() if t is not None}

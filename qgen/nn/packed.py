@@ -1,0 +1,215 @@
+"""What every quantized layer shares: packed parameters, the choice of a kernel, canonical bytes in `state_dict`.
+
+Parameters are `nn.Parameter(requires_grad=False)`, so that offloading hooks move them. `state_dict` always holds the canonical layout;
+in memory they may be packed for the chosen kernel. Codes and scales keep their dtype through `.to(dtype)`: a cast would change numbers.
+The layer looks like `nn.Linear` / `nn.Conv2d` to LoRA loaders: `weight` is a placeholder of the right shape that takes no memory.
+"""
+
+__all__ = ["Layout", "Packed"]
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qgen import formats
+from qgen.kernels import registry
+from qgen.kernels.ops import SLOTS
+
+FLOAT_SLOTS = ("smooth", "down", "up", "bias", "shift")  # these follow `.to(dtype)`; the rest keep their dtype
+
+
+class Packed(nn.Module):
+    """Mixin before `nn.Linear` or `nn.Conv2d`. Subclasses call `_setup` and read the slots as attributes."""
+
+    weight_format: str
+    act_format: str
+    hadamard: int
+    kernel: str | None
+
+    def _setup(self, n: int, k: int, weight_format: str, act_format: str, hadamard: int, compute_dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.n, self.k = n, k
+        self.weight_format, self.act_format, self.hadamard = weight_format, act_format, hadamard
+        self.compute_dtype = compute_dtype
+        self.kernel, self._ask = None, None
+        for slot in SLOTS:
+            self.register_parameter(slot, None)
+
+    # -- what LoRA loaders and schedulers of memory look at ------------------------------------------------------------
+    @property
+    def weight(self) -> Tensor:
+        """Placeholder of the float weight: its shape, dtype and device, no memory, all zeros. Use `dequantize()` for values."""
+        return torch.zeros((), dtype=self.compute_dtype, device=self.codes.device).expand(self._weight_shape())
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.n, self.k)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.down is None else self.down.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed parameters."""
+        return sum(p.nbytes for p in self.slots().values())
+
+    def slots(self) -> dict[str, Tensor]:
+        """The tensors that are present, by slot, in the layout in memory."""
+        return {slot: getattr(self, slot) for slot in SLOTS if getattr(self, slot) is not None}
+
+    def canonical(self) -> dict[str, Tensor]:
+        """The tensors that are present, by slot, in canonical layout: the bytes that files hold."""
+        slots = {name: p.detach() for name, p in self.slots().items()}
+        return slots if self.kernel is None else registry.find("linear", self.kernel).unpack(slots, self._ask)
+
+    def fill(self, slots: dict[str, Tensor]) -> None:
+        """Sets the packed parameters from canonical tensors."""
+        for slot in SLOTS:
+            value = slots.get(slot)
+            setattr(self, slot, None if value is None else nn.Parameter(value, requires_grad=False))
+        self.kernel, self._ask = None, None
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (N, K) that the layer stands for: residual · Hᵀ / smooth + up · down, in `dtype` (default: compute dtype)."""
+        from qgen.kernels import reference
+
+        slots = self.canonical()
+        w = reference.weight(slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), self.weight_format)
+        if self.hadamard:
+            w = reference.hadamard_blocks(w, self.hadamard)
+        w = w[:, : self.k]
+        if "smooth" in slots:
+            w = w / slots["smooth"].float()
+        if "down" in slots:
+            w = w + slots["up"].float() @ slots["down"].float()
+        return w.to(dtype or self.compute_dtype).reshape(self._weight_shape())
+
+    # -- kernels -------------------------------------------------------------------------------------------------------
+    def ask(self) -> registry.Ask:
+        """This layer's request to the kernel registry, for the device where its codes are."""
+        device = self.codes.device
+        capability = None
+        kind = device.type
+        if kind == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            if torch.version.hip:
+                kind, capability = "hip", properties.gcnArchName.partition(":")[0]
+            else:
+                capability = (properties.major, properties.minor)
+        traits = {"lowrank": self.down is not None, "hadamard": bool(self.hadamard), "static_act": self.act_scale is not None}
+        traits |= {name: getattr(self, name) is not None for name in ("smooth", "shift", "bias")}
+        on = frozenset(name for name, present in traits.items() if present)
+        return registry.Ask(
+            "linear", kind, self.weight_format, self.act_format, self.compute_dtype, self.n, self.k, self.rank, capability, on
+        )
+
+    def prepare(self, kernel: str | None = None) -> str:
+        """Chooses a kernel for the current device (or takes `kernel`), packs for it, and returns its name. NoKernel with reasons if none."""
+        ask = self.ask()
+        chosen = registry.choose(ask, kernel)
+        slots = self.canonical()
+        self.fill({name: t.contiguous() for name, t in chosen.pack(slots, ask).items()})
+        self.kernel, self._ask = chosen.name, ask
+        return chosen.name
+
+    def _run(self, x: Tensor) -> Tensor:
+        kernel = self.kernel
+        if kernel is None:
+            raise RuntimeError(f"{type(self).__name__} has no kernel yet: call qgen.prepare(model) or layer.prepare()")
+        tensors = [getattr(self, slot) for slot in SLOTS]
+        return torch.ops.qgen.linear(x, *tensors, self.weight_format, self.act_format, self.n, self.hadamard, kernel)
+
+    # -- nn.Module -----------------------------------------------------------------------------------------------------
+    def _apply(self, fn, recurse=True):
+        """Moves everything; casts only what may be cast, and never to 8 bits. A change of device type repacks for the new device."""
+        targets = {name: self._target(name, p, fn) for name, p in self.slots().items()}
+        if all((p.device, p.dtype) == targets[name] for name, p in self.slots().items()):
+            return self
+        before, prepared = self.codes.device.type, self.kernel
+        self.fill({name: _moved(t, *targets[name]) for name, t in self.canonical().items()})
+        if "up" in targets or "bias" in targets:
+            self.compute_dtype = targets.get("up", targets.get("bias"))[1]
+        after = self.codes.device.type
+        if prepared and after != "meta":
+            self.prepare(prepared if after == before else None)
+        return self
+
+    def _target(self, name: str, p: Tensor, fn) -> tuple[torch.device, torch.dtype]:
+        """Where `fn` would put a parameter: its device always, its dtype only for 16- and 32-bit float slots."""
+        probe = fn(torch.empty(0, dtype=p.dtype if name in FLOAT_SLOTS else torch.uint8, device=p.device))
+        castable = name in FLOAT_SLOTS and probe.dtype.is_floating_point and probe.dtype.itemsize > 1
+        return probe.device, probe.dtype if castable else p.dtype
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name, tensor in self.canonical().items():
+            destination[prefix + name] = tensor
+        destination[prefix + "weight"] = self.weight  # LoRA loaders look for the key; `qgen.save` leaves it out
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        state_dict.pop(prefix + "weight", None)
+        mine = {slot: state_dict[prefix + slot] for slot in SLOTS if prefix + slot in state_dict}
+        present = self.slots()
+        if local_metadata.get("assign_to_params_buffers", False) or set(mine) == set(present):
+            for slot in set(present) - set(mine):
+                missing_keys.append(prefix + slot)
+            for slot, tensor in mine.items():
+                if slot in present and tensor.shape != self.canonical()[slot].shape:
+                    error_msgs.append(f"{prefix}{slot}: expected {tuple(self.canonical()[slot].shape)}, found {tuple(tensor.shape)}")
+                    return
+            prepared = self.kernel
+            device = self.codes.device if self.codes is not None else None
+            self.fill({slot: t if device is None or device.type == "meta" else t.to(device).clone() for slot, t in mine.items()})
+            if prepared:
+                self.prepare(prepared)
+        else:
+            missing_keys.extend(prefix + slot for slot in set(present) - set(mine))
+            unexpected_keys.extend(prefix + slot for slot in set(mine) - set(present))
+
+    @property
+    def layout(self) -> "Layout":
+        """What it takes to build an empty layer like this one."""
+        present = tuple(slot for slot in self.slots() if slot not in ("codes", "scales"))
+        return Layout(self.weight_format, self.act_format, self.rank, self.hadamard, present)
+
+    def extra_repr(self) -> str:
+        rank = f", rank={self.rank}" if self.rank else ""
+        return f"N={self.n}, K={self.k}, {self.weight_format} x {self.act_format or 'float'}{rank}, kernel={self.kernel}"
+
+
+def _moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if t.device.type == "meta" and device.type != "meta":
+        return torch.empty_like(t, device=device, dtype=dtype)
+    return t.to(device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a loader must know to build an empty layer: formats, rank, which optional slots exist. JSON-able by `asdict`."""
+
+    weight: str
+    act: str = ""
+    rank: int = 0
+    hadamard: int = 0
+    slots: tuple[str, ...] = ()
+
+    def empty(self, n: int, k: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
+        """Empty canonical tensors for a weight (N, K), by slot."""
+        fmt = formats.get(self.weight)
+        kp = formats.padded(k, self.weight, self.act, multiple=self.hadamard or 1)
+        groups = kp // (fmt.block or kp)
+        act_groups = kp // (formats.get(self.act).block or kp) if self.act else 1
+        shapes = {
+            "codes": ((n, kp * fmt.bits // 8), torch.uint8),
+            "scales": ((n, groups), fmt.scale_dtype),
+            "global_scale": ((n, 1) if fmt.global_scale == "row" else (), torch.float32),
+            "zero": ((n, groups), fmt.scale_dtype),
+            "smooth": ((k,), dtype),
+            "down": ((self.rank, k), dtype),
+            "up": ((n, self.rank), dtype),
+            "bias": ((n,), dtype),
+            "shift": ((), dtype),
+            "act_scale": ((act_groups,), torch.float32),
+        }
+        wanted = {"codes", "scales", *self.slots}
+        return {slot: torch.empty(shapes[slot][0], dtype=shapes[slot][1], device=device) for slot in SLOTS if slot in wanted}

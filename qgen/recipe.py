@@ -1,0 +1,149 @@
+"""Spec, Rule, Recipe: what goes where, as frozen data that is JSON and back.
+
+A recipe is a default Spec and rules; later rules win. A rule matches a site by a glob on its path, by kind, and by the layer's shape.
+Nothing here runs anything: print a recipe, diff it, keep it in a checkpoint's header.
+"""
+
+__all__ = ["Recipe", "Rule", "Spec"]
+
+import fnmatch
+import json
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from qgen import formats
+from qgen.errors import unknown
+from qgen.registry import Registry
+from qgen.site import Site
+
+methods: Registry[type] = Registry("method", "qgen.methods")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one layer is quantized. weight, act: names of number formats (act None = activations stay float).
+
+    methods: in the order in which they refine the draft. bins: timestep bins of activation parameters.
+    """
+
+    weight: str
+    act: str | None = None
+    methods: tuple[Any, ...] = ()
+    bins: int = 1
+
+    def __post_init__(self):
+        for name in (self.weight, self.act):
+            if name:
+                formats.get(name)
+        if self.bins < 1:
+            raise ValueError(f"a spec needs at least one timestep bin, found {self.bins}")
+
+    def __str__(self) -> str:
+        return f"{self.weight} x {self.act or 'float'}"
+
+    def to_dict(self) -> dict:
+        listed = [{"method": m.name, **asdict(m)} for m in self.methods]
+        return {"weight": self.weight, "act": self.act, "methods": listed, "bins": self.bins}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Spec":
+        _check_keys(cls, data)
+        return cls(**{**data, "methods": tuple(_method(m) for m in data.get("methods", ()))})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`spec` (None = keep float) for the sites that match: glob on the path, kind, and K or N below a bound.
+
+    why: shown in the report. after: globs on the class of the module that made the input ("*GELU*").
+    """
+
+    pattern: str
+    spec: Spec | None
+    kind: str | None = None
+    after: str | None = None
+    below: int = 0
+    why: str = ""
+
+    def matches(self, site: Site) -> bool:
+        return (
+            fnmatch.fnmatchcase(site.path, self.pattern)
+            and self.kind in (None, site.kind)
+            and (self.after is None or fnmatch.fnmatchcase(site.after, self.after))
+            and (not self.below or min(site.shape) < self.below)
+        )
+
+    def to_dict(self) -> dict:
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "spec": self.spec and self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Rule":
+        _check_keys(cls, data)
+        return cls(**{**data, "spec": data["spec"] and Spec.from_dict(data["spec"])})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What goes where. `name` is a label; `default` serves what no rule matches (None = keep float)."""
+
+    default: Spec | None
+    rules: tuple[Rule, ...] = ()
+    name: str = "custom"
+    about: str = ""
+
+    def resolve(self, site: Site) -> tuple[Spec | None, str]:
+        """The spec for a site and the reason: the last rule that matches, or the default."""
+        for rule in reversed(self.rules):
+            if rule.matches(site):
+                return rule.spec, rule.why or f"rule {rule.pattern}"
+        return self.default, "default"
+
+    def spec_for(self, site: Site) -> Spec | None:
+        """The spec for a site; None = stays float."""
+        return self.resolve(site)[0]
+
+    def set(self, pattern: str, why: str = "", **changes: Any) -> "Recipe":
+        """A new recipe whose sites matching `pattern` use the default spec with `changes`, e.g. `set("*.ff.*", act="int8_row")`."""
+        if self.default is None:
+            raise ValueError("this recipe has no default spec to change; add a Rule with a whole Spec")
+        unknown_keys = set(changes) - {f.name for f in fields(Spec)}
+        if unknown_keys:
+            raise ValueError(unknown("field of Spec", unknown_keys.pop(), [f.name for f in fields(Spec)]))
+        return replace(self, rules=(*self.rules, Rule(pattern, replace(self.default, **changes), why=why)))
+
+    def skip(self, *patterns: str, why: str = "skipped by the user") -> "Recipe":
+        """A new recipe that keeps the sites matching any pattern in float."""
+        return replace(self, rules=(*self.rules, *(Rule(p, None, why=why) for p in patterns)))
+
+    def to_json(self, indent: int | None = 2) -> str:
+        data = {"name": self.name, "about": self.about, "default": self.default and self.default.to_dict()}
+        return json.dumps({**data, "rules": [r.to_dict() for r in self.rules]}, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Inverse of `to_json`; ValueError for unknown keys, formats or methods, each with the nearest known name."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a recipe is JSON, and this is not: {error}") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"a recipe is a JSON object, found {type(data).__name__}")
+        _check_keys(cls, data)
+        rules = tuple(Rule.from_dict(r) for r in data.get("rules", ()))
+        return cls(**{**data, "default": data.get("default") and Spec.from_dict(data["default"]), "rules": rules})
+
+
+def _method(data: dict) -> Any:
+    data = dict(data)
+    kind = methods[data.pop("method", "")]
+    if not is_dataclass(kind):
+        raise TypeError(f"method {kind} must be a dataclass to live in a recipe")
+    _check_keys(kind, data)
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+def _check_keys(kind: type, data: dict) -> None:
+    known = [f.name for f in fields(kind)]
+    for key in data:
+        if key not in known:
+            raise ValueError(unknown(f"key of {kind.__name__}", key, known))

@@ -1,0 +1,126 @@
+r"""Site and Draft: where quantization happens, and a layer on its way from float to packed.
+
+A Draft holds the float weight W (N, K) in the raw basis and everything methods decide about it. What remains to be quantized is derived,
+never stored:
+
+    target = ((W − up · down) · diag(smooth)) H        so that   x Wᵀ = ((x / smooth) H) targetᵀ + (x downᵀ) upᵀ
+
+Layers that read one input form one Draft, stacked along N: they share `smooth` and `down`. Convolutions arrive unfolded.
+"""
+
+__all__ = ["Draft", "Site"]
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qgen import formats
+from qgen.formats import QTensor
+from qgen.kernels import reference
+
+if TYPE_CHECKING:
+    from qgen.recipe import Spec
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that can be quantized.
+
+    path: module path in the denoiser. kind: "linear" or "conv2d". block: path of the repeated unit it lives in ("" = none).
+    order: position in execution order. shares: name of the input it shares with other sites (observed once). shape: (N, K), for a
+    convolution K = channels · kernel height · kernel width. tokens: rows of the input seen by the probe. after: class name of the module
+    that made its input, where the probe saw one ("GELU", "SiLU", …).
+    """
+
+    path: str
+    kind: str
+    block: str
+    order: int
+    shares: str
+    shape: tuple[int, int]
+    tokens: int = 0
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A layer (or several that share an input) being quantized. Methods take one and return a better one.
+
+    weight: (N, K) float32, raw basis, never changed. bias: (N,) float32 or None. smooth: (K,) or None. down: (R, K), up: (N, R) or None.
+    shift: () added to the raw input, or None. qweight: the rounded target, or None = not rounded yet.
+    clip: factor on the range of each block of weights, (N, Kp / block) or 1. log: what methods report, by name.
+    """
+
+    sites: tuple[Site, ...]
+    spec: "Spec"
+    weight: Tensor
+    bias: Tensor | None = None
+    smooth: Tensor | None = None
+    hadamard: int = 0
+    down: Tensor | None = None
+    up: Tensor | None = None
+    shift: Tensor | None = None
+    qweight: QTensor | None = None
+    clip: Tensor | float = 1.0
+    log: dict = field(default_factory=dict)
+
+    @property
+    def k_padded(self) -> int:
+        """K rounded up to what the weight's and the activation's blocks and whole bytes need."""
+        return formats.padded(self.weight.shape[1], self.spec.weight, self.spec.act, multiple=self.hadamard or 1)
+
+    @property
+    def act(self) -> str:
+        return self.spec.act or ""
+
+    def target(self) -> Tensor:
+        """(N, Kp) float32: what is to be rounded, padded with zero columns."""
+        w = self.weight if self.up is None else self.weight - self.up @ self.down
+        if self.smooth is not None:
+            w = w * self.smooth
+        if self.k_padded > w.shape[1]:
+            w = torch.nn.functional.pad(w, (0, self.k_padded - w.shape[1]))
+        return reference.hadamard_blocks(w, self.hadamard) if self.hadamard else w
+
+    def inputs(self, x: Tensor, quantized: bool = True) -> Tensor:
+        """Rows x (M, K) as the quantized weight sees them, (M, Kp) float32; `quantized=False` leaves out the rounding."""
+        xh = reference.transform_act(x, self.k_padded, self.smooth, self.shift, self.hadamard)
+        return reference.quantize_act(xh, self.act).dequantize() if quantized and self.act else xh
+
+    def rounded(self) -> "Draft":
+        """Itself with the target rounded to nearest, if no method has rounded it yet."""
+        if self.qweight is not None:
+            return self
+        return replace(self, qweight=formats.get(self.spec.weight).quantize(self.target(), self.clip))
+
+    def output(self, x: Tensor) -> Tensor:
+        """Output (M, N) float32 of the finished layer on rows x (M, K): exactly the reference kernel's arithmetic."""
+        y = self.inputs(x) @ self.rounded().qweight.dequantize().T
+        if self.up is not None:
+            y = y + (x.float() @ self.down.T) @ self.up.T
+        bias = self.folded_bias()
+        return y if bias is None else y + bias
+
+    def error(self, x: Tensor) -> float:
+        """Squared error of the output on rows x, relative to the float output's energy (without bias)."""
+        want = x.float() @ self.weight.T
+        got = self.output(x)
+        if self.bias is not None:
+            got = got - self.bias
+        return float((got - want).square().sum() / want.square().sum().clamp_min(1e-30))
+
+    def folded_bias(self) -> Tensor | None:
+        """Bias (N,) with the constant that undoes `shift`: b − Ŵ ((shift / smooth) H)."""
+        if self.shift is None:
+            return self.bias
+        rows = torch.zeros(1, self.weight.shape[1], device=self.weight.device)
+        offset = reference.transform_act(rows, self.k_padded, self.smooth, self.shift, self.hadamard)
+        undo = -(offset @ self.rounded().qweight.dequantize().T)[0]
+        return undo if self.bias is None else self.bias + undo
+
+    def noted(self, **facts) -> "Draft":
+        """Itself with more facts in the log."""
+        return replace(self, log={**self.log, **facts})
+
