@@ -7,7 +7,7 @@ are multiplied by reciprocals (1 / smooth, 1 / scale), as the fused kernels do, 
 computed in float32 and returned in the dtype of x.
 """
 
-__all__ = ["hadamard_blocks", "linear", "linear_grad", "quantize_act", "transform_act", "weight"]
+__all__ = ["fake_act", "hadamard_blocks", "linear", "linear_grad", "quantize_act", "transform_act", "weight"]
 
 import math
 from functools import lru_cache
@@ -41,7 +41,7 @@ def linear(
     w = weight(codes, scales, global_scale, zero, weight_format)  # (N, Kp)
     xh = transform_act(x, w.shape[1], smooth, shift, hadamard)
     if act:
-        xh = quantize_act(xh, act, act_scale).dequantize()
+        xh = fake_act(xh, act, act_scale)
     y = xh @ w.T
     if down is not None:
         y = y + (x.float() @ down.float().T) @ up.float().T
@@ -105,6 +105,13 @@ def quantize_act(x: Tensor, act: str, act_scale: Tensor | None = None) -> QTenso
         groups = fmt.blocks(x).shape[:-1]
         like = QTensor(x, act_scale.float().expand(groups), None, torch.zeros(groups, device=x.device) if fmt.zero_point else None, act)
     return fmt.quantize(x, like=like, reciprocal=True)
+
+
+def fake_act(x: Tensor, act: str, act_scale: Tensor | None = None) -> Tensor:
+    """`quantize_act(x).dequantize()`, (…, Kp) float32."""
+    if act_scale is None:
+        return formats.get(act).fake(x, reciprocal=True)
+    return quantize_act(x, act, act_scale).dequantize()
 
 
 def hadamard_blocks(x: Tensor, size: int) -> Tensor:

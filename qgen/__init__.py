@@ -1,8 +1,65 @@
-"""qgen: 4-bit vision generators. `pipe = qgen.quantize(pipe)`."""
+"""qgen: turns a 16-bit vision generator into a 4-bit one. `pipe = qgen.quantize(pipe)`.
 
+This module is the public API and nothing else. Names are imported on first use, so that `import qgen` needs torch and the standard library
+and wakes no GPU; diffusers and transformers learn to load qgen's checkpoints when they are imported, not before.
+"""
+
+import importlib
+import importlib.metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _here = Path(__file__).resolve().parent
 # In a source checkout kernels/, calibration/ and nodes/ lie beside this folder; a wheel has them inside it.
-if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir() and (_here.parent / "pyproject.toml").is_file():
+if (
+    not (_here / "kernels").is_dir()
+    and (_here.parent / "kernels").is_dir()
+    and (_here.parent / "pyproject.toml").is_file()
+):
     __path__.append(str(_here.parent))
+
+if TYPE_CHECKING:
+    from qgen import recipes as recipes
+    from qgen.demo import demo_pipeline as demo_pipeline
+    from qgen.engine import prepare as prepare
+    from qgen.engine import quantize as quantize
+    from qgen.eval.evaluate import evaluate as evaluate
+    from qgen.recipe import Recipe as Recipe
+    from qgen.recipe import Rule as Rule
+    from qgen.recipe import Spec as Spec
+    from qgen.report import report as report
+    from qgen.summary import summary as summary
+
+_PUBLIC = {
+    "quantize": "qgen.engine",
+    "prepare": "qgen.engine",
+    "save": "qgen.io.checkpoint",
+    "load": "qgen.io.checkpoint",
+    "QGenConfig": "qgen.io.hub",
+    "summary": "qgen.summary",
+    "report": "qgen.report",
+    "Recipe": "qgen.recipe",
+    "Rule": "qgen.recipe",
+    "Spec": "qgen.recipe",
+    "demo_pipeline": "qgen.demo",
+    "evaluate": "qgen.eval.evaluate",
+    "fuse_lora": "qgen.nn.lora",
+    "unfuse_lora": "qgen.nn.lora",
+}
+_MODULES = ("recipes", "calibration", "kernels", "formats", "methods")
+
+__all__ = [*_PUBLIC, "recipes"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"qgen.{name}")
+    if name == "__version__":
+        return importlib.metadata.version("qgen-diffusion")
+    raise AttributeError(f"module 'qgen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC, *_MODULES])

@@ -23,13 +23,15 @@ methods: Registry[type] = Registry("method", "qgen.methods")
 class Spec:
     """How one layer is quantized. weight, act: names of number formats (act None = activations stay float).
 
-    methods: in the order in which they refine the draft. bins: timestep bins of activation parameters.
+    methods: in the order in which they refine the draft. bins: timestep bins of activation parameters. share: whether layers that read one
+    input become one draft with common smoothing and low-rank input (as fused kernels and Nunchaku's files want) or one draft each (better).
     """
 
     weight: str
     act: str | None = None
     methods: tuple[Any, ...] = ()
     bins: int = 1
+    share: bool = False
 
     def __post_init__(self):
         for name in (self.weight, self.act):
@@ -43,7 +45,7 @@ class Spec:
 
     def to_dict(self) -> dict:
         listed = [{"method": m.name, **asdict(m)} for m in self.methods]
-        return {"weight": self.weight, "act": self.act, "methods": listed, "bins": self.bins}
+        return {"weight": self.weight, "act": self.act, "methods": listed, "bins": self.bins, "share": self.share}
 
     @classmethod
     def from_dict(cls, data: dict) -> "Spec":
@@ -53,14 +55,16 @@ class Spec:
 
 @dataclass(frozen=True)
 class Rule:
-    """`spec` (None = keep float) for the sites that match: glob on the path, kind, and K or N below a bound.
+    """`spec` (None = keep float) for the sites that match every condition.
 
-    why: shown in the report. after: globs on the class of the module that made the input ("*GELU*").
+    pattern: glob on the path. kind: "linear" or "conv2d". role: of the site, see `Site`. after: glob on the class of the module that made
+    the input ("*GELU*"). below: K or N smaller than this. why: shown in the report.
     """
 
     pattern: str
     spec: Spec | None
     kind: str | None = None
+    role: str | None = None
     after: str | None = None
     below: int = 0
     why: str = ""
@@ -69,6 +73,7 @@ class Rule:
         return (
             fnmatch.fnmatchcase(site.path, self.pattern)
             and self.kind in (None, site.kind)
+            and self.role in (None, site.role)
             and (self.after is None or fnmatch.fnmatchcase(site.after, self.after))
             and (not self.below or min(site.shape) < self.below)
         )

@@ -31,7 +31,8 @@ class Site:
     path: module path in the denoiser. kind: "linear" or "conv2d". block: path of the repeated unit it lives in ("" = none).
     order: position in execution order. shares: name of the input it shares with other sites (observed once). shape: (N, K), for a
     convolution K = channels · kernel height · kernel width. tokens: rows of the input seen by the probe. after: class name of the module
-    that made its input, where the probe saw one ("GELU", "SiLU", …).
+    that made its input, where the probe saw one ("GELU", "SiLU", …). role: "inside" a repeated block, "outside" (embedders, heads), or
+    "vector" (one row per sample: time embeddings, modulation).
     """
 
     path: str
@@ -42,21 +43,25 @@ class Site:
     shape: tuple[int, int]
     tokens: int = 0
     after: str = ""
+    role: str = "inside"
 
 
 @dataclass(frozen=True)
 class Draft:
     """A layer (or several that share an input) being quantized. Methods take one and return a better one.
 
-    weight: (N, K) float32, raw basis, never changed. bias: (N,) float32 or None. smooth: (K,) or None. down: (R, K), up: (N, R) or None.
+    weight: (N, K) float32, raw basis, never changed. bias: (N,) float32 or None. bias_fix: (N,) added to it by
+    bias correction. smooth: (K,) or None. down: (R, K), up: (N, R) or None.
     shift: () added to the raw input, or None. qweight: the rounded target, or None = not rounded yet.
-    clip: factor on the range of each block of weights, (N, Kp / block) or 1. log: what methods report, by name.
+    clip: factor on the range of each block of weights, (N, Kp / block) or 1. dtype: in which smooth, down and up are stored.
+    log: what methods report, by name.
     """
 
     sites: tuple[Site, ...]
     spec: "Spec"
     weight: Tensor
     bias: Tensor | None = None
+    bias_fix: Tensor | None = None
     smooth: Tensor | None = None
     hadamard: int = 0
     down: Tensor | None = None
@@ -64,6 +69,7 @@ class Draft:
     shift: Tensor | None = None
     qweight: QTensor | None = None
     clip: Tensor | float = 1.0
+    dtype: torch.dtype = torch.float16
     log: dict = field(default_factory=dict)
 
     @property
@@ -87,7 +93,7 @@ class Draft:
     def inputs(self, x: Tensor, quantized: bool = True) -> Tensor:
         """Rows x (M, K) as the quantized weight sees them, (M, Kp) float32; `quantized=False` leaves out the rounding."""
         xh = reference.transform_act(x, self.k_padded, self.smooth, self.shift, self.hadamard)
-        return reference.quantize_act(xh, self.act).dequantize() if quantized and self.act else xh
+        return reference.fake_act(xh, self.act) if quantized and self.act else xh
 
     def rounded(self) -> "Draft":
         """Itself with the target rounded to nearest, if no method has rounded it yet."""
@@ -106,19 +112,22 @@ class Draft:
     def error(self, x: Tensor) -> float:
         """Squared error of the output on rows x, relative to the float output's energy (without bias)."""
         want = x.float() @ self.weight.T
-        got = self.output(x)
-        if self.bias is not None:
-            got = got - self.bias
+        got = self.output(x) if self.bias is None else self.output(x) - self.bias
         return float((got - want).square().sum() / want.square().sum().clamp_min(1e-30))
 
     def folded_bias(self) -> Tensor | None:
-        """Bias (N,) with the constant that undoes `shift`: b − Ŵ ((shift / smooth) H)."""
-        if self.shift is None:
-            return self.bias
-        rows = torch.zeros(1, self.weight.shape[1], device=self.weight.device)
-        offset = reference.transform_act(rows, self.k_padded, self.smooth, self.shift, self.hadamard)
-        undo = -(offset @ self.rounded().qweight.dequantize().T)[0]
-        return undo if self.bias is None else self.bias + undo
+        """Bias (N,) with its correction and the constant that undoes `shift`: b + fix − Ŵ ((shift / smooth) H)."""
+        parts = [part for part in (self.bias, self.bias_fix) if part is not None]
+        if self.shift is not None:
+            rows = torch.zeros(1, self.weight.shape[1], device=self.weight.device)
+            offset = reference.transform_act(rows, self.k_padded, self.smooth, self.shift, self.hadamard)
+            parts.append(-(offset @ self.rounded().qweight.dequantize().T)[0])
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def stored(self, t: Tensor) -> Tensor:
+        """t after a trip through the storage dtype, float32: what the finished layer will really use."""
+        top = torch.finfo(self.dtype).max
+        return t.clamp(-top, top).to(self.dtype).float()
 
     def noted(self, **facts) -> "Draft":
         """Itself with more facts in the log."""

@@ -204,15 +204,19 @@ class NumberFormat:
     # -- dequantize ---------------------------------------------------------------------------------------------------
     def dequantize(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values (…, K) of a QTensor of this format, computed in float32 and returned in `dtype`."""
-        values = self.blocks(self.element.decode(packing.unpack(q.codes, self.bits)))
-        values = values * self.step(q.scales, q.global_scale)[..., None]
-        if q.zero is not None:
-            values = values + q.zero.float()[..., None]
-        return values.flatten(-2).to(dtype)
+        return self._values(packing.unpack(q.codes, self.bits), q.scales, q.global_scale, q.zero).to(dtype)
 
-    def fake(self, x: Tensor, clip: Tensor | float = 1.0) -> Tensor:
-        """x there and back, in x's dtype. Idempotent. No gradient of its own: see `qgen.train` for straight-through."""
-        return self.quantize(x, clip).dequantize(x.dtype)
+    def _values(self, codes: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        values = self.blocks(self.element.decode(codes)) * self.step(scales, global_scale)[..., None]
+        if zero is not None:
+            values = values + zero.float()[..., None]
+        return values.flatten(-2)
+
+    def fake(self, x: Tensor, clip: Tensor | float = 1.0, reciprocal: bool = False) -> Tensor:
+        """x there and back, in x's dtype: `quantize(x).dequantize(x.dtype)` without the packing. It has no gradient of its own."""
+        ranges = self.ranges(x.float(), clip)
+        codes = self.element.encode(self.normalize(x.float(), *ranges, reciprocal))
+        return self._values(codes, *ranges).to(x.dtype)
 
     def blocks(self, x: Tensor) -> Tensor:
         """View of x (…, K) as (…, K / block, block); ValueError if the block does not divide K."""

@@ -46,9 +46,9 @@ def slots_of(draft: Draft, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
         "scales": q.scales[rows],
         "global_scale": q.global_scale[rows] if per_row else q.global_scale,
         "zero": None if q.zero is None else q.zero[rows],
-        "smooth": None if draft.smooth is None else draft.smooth.to(dtype),
-        "down": None if draft.down is None else draft.down.to(dtype),
-        "up": None if draft.up is None else draft.up[rows].to(dtype),
+        "smooth": None if draft.smooth is None else draft.smooth.to(draft.dtype),
+        "down": None if draft.down is None else draft.down.to(draft.dtype),
+        "up": None if draft.up is None else draft.up[rows].to(draft.dtype),
         "bias": None if bias is None else bias[rows].to(dtype),
         "shift": None if draft.shift is None else draft.shift.to(dtype),
     }

@@ -1,13 +1,13 @@
 """What every quantized layer shares: packed parameters, the choice of a kernel, canonical bytes in `state_dict`.
 
 Parameters are `nn.Parameter(requires_grad=False)`, so that offloading hooks move them. `state_dict` always holds the canonical layout;
-in memory they may be packed for the chosen kernel. Codes and scales keep their dtype through `.to(dtype)`: a cast would change numbers.
+in memory they may be packed for the chosen kernel. All slots but the bias keep their dtype through `.to(dtype)`: a cast would change numbers.
 The layer looks like `nn.Linear` / `nn.Conv2d` to LoRA loaders: `weight` is a placeholder of the right shape that takes no memory.
 """
 
-__all__ = ["Layout", "Packed"]
+__all__ = ["Layout", "Packed", "Placeholder"]
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,28 @@ from qgen import formats
 from qgen.kernels import registry
 from qgen.kernels.ops import SLOTS
 
-FLOAT_SLOTS = ("smooth", "down", "up", "bias", "shift")  # these follow `.to(dtype)`; the rest keep their dtype
+FLOAT_SLOTS = ("smooth", "down", "up", "bias", "shift")  # stored in any float dtype of 16 or 32 bits; the rest have one dtype each
+CAST_SLOTS = ("bias",)  # these follow `.to(dtype)`
+
+
+class Placeholder(Tensor):
+    """A weight that is not there: shape, dtype and device of the float weight, zeros in no memory. Writing to it raises a RuntimeError.
+
+    Without this a LoRA merged "safely" into the placeholder would be lost without a word.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = func.__name__
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if writes or name in ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"):
+            raise RuntimeError(
+                "the weight of a quantized layer is a placeholder that cannot be written or copied from: call qgen.fuse_lora(pipe) to "
+                "merge a LoRA, qgen.unfuse_lora(pipe) to take it out, layer.dequantize() for values"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            return result.as_subclass(cls) if name == "__get__" and isinstance(result, Tensor) else result
 
 
 class Packed(nn.Module):
@@ -33,6 +54,8 @@ class Packed(nn.Module):
         self.weight_format, self.act_format, self.hadamard = weight_format, act_format, hadamard
         self.compute_dtype = compute_dtype
         self.kernel, self._ask = None, None
+        self.fused_from: int | None = None  # rank before a LoRA was fused into the low-rank branch; None = nothing fused
+        self.shows_weight = True  # whether `state_dict` lists the placeholder
         for slot in SLOTS:
             self.register_parameter(slot, None)
 
@@ -40,7 +63,8 @@ class Packed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Placeholder of the float weight: its shape, dtype and device, no memory, all zeros. Use `dequantize()` for values."""
-        return torch.zeros((), dtype=self.compute_dtype, device=self.codes.device).expand(self._weight_shape())
+        zero = torch.zeros((), dtype=self.compute_dtype, device=self.codes.device)
+        return zero.expand(self._weight_shape()).as_subclass(Placeholder)
 
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.n, self.k)
@@ -104,6 +128,10 @@ class Packed(nn.Module):
             "linear", kind, self.weight_format, self.act_format, self.compute_dtype, self.n, self.k, self.rank, capability, on
         )
 
+    def serves(self, kernel: str) -> str | None:
+        """`kernel` if it can serve this layer as it is now, else None: `prepare(layer.serves(old))` stays with a kernel where possible."""
+        return None if registry.find("linear", kernel).needs.refusals(self.ask()) else kernel
+
     def prepare(self, kernel: str | None = None) -> str:
         """Chooses a kernel for the current device (or takes `kernel`), packs for it, and returns its name. NoKernel with reasons if none."""
         ask = self.ask()
@@ -122,49 +150,55 @@ class Packed(nn.Module):
 
     # -- nn.Module -----------------------------------------------------------------------------------------------------
     def _apply(self, fn, recurse=True):
-        """Moves everything; casts only what may be cast, and never to 8 bits. A change of device type repacks for the new device."""
+        """Moves everything, casts the bias, and never to 8 bits. A change of device type or compute dtype repacks for it."""
         targets = {name: self._target(name, p, fn) for name, p in self.slots().items()}
-        if all((p.device, p.dtype) == targets[name] for name, p in self.slots().items()):
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device)).dtype
+        dtype = dtype if _castable(dtype) else self.compute_dtype
+        if dtype == self.compute_dtype and all((p.device, p.dtype) == targets[name] for name, p in self.slots().items()):
             return self
-        before, prepared = self.codes.device.type, self.kernel
+        prepared = self.kernel
         self.fill({name: _moved(t, *targets[name]) for name, t in self.canonical().items()})
-        if "up" in targets or "bias" in targets:
-            self.compute_dtype = targets.get("up", targets.get("bias"))[1]
-        after = self.codes.device.type
-        if prepared and after != "meta":
-            self.prepare(prepared if after == before else None)
+        self.compute_dtype = dtype
+        if prepared and self.codes.device.type != "meta":
+            self.prepare(self.serves(prepared))
         return self
 
     def _target(self, name: str, p: Tensor, fn) -> tuple[torch.device, torch.dtype]:
-        """Where `fn` would put a parameter: its device always, its dtype only for 16- and 32-bit float slots."""
-        probe = fn(torch.empty(0, dtype=p.dtype if name in FLOAT_SLOTS else torch.uint8, device=p.device))
-        castable = name in FLOAT_SLOTS and probe.dtype.is_floating_point and probe.dtype.itemsize > 1
-        return probe.device, probe.dtype if castable else p.dtype
+        """Where `fn` would put a parameter: its device always, its dtype only for slots that may be cast, to 16 or 32 bits."""
+        probe = fn(torch.empty(0, dtype=p.dtype if name in CAST_SLOTS else torch.uint8, device=p.device))
+        return probe.device, probe.dtype if name in CAST_SLOTS and _castable(probe.dtype) else p.dtype
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name, tensor in self.canonical().items():
             destination[prefix + name] = tensor
-        destination[prefix + "weight"] = self.weight  # LoRA loaders look for the key; `qgen.save` leaves it out
+        if self.shows_weight:
+            destination[prefix + "weight"] = self.weight  # LoRA loaders look for the key; files leave it out
+        if hasattr(destination, "_metadata"):  # so that whoever saves a state dict knows what its tensors mean
+            destination._metadata[prefix[:-1]]["qgen"] = self.described()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         state_dict.pop(prefix + "weight", None)
         mine = {slot: state_dict[prefix + slot] for slot in SLOTS if prefix + slot in state_dict}
         present = self.slots()
-        if local_metadata.get("assign_to_params_buffers", False) or set(mine) == set(present):
-            for slot in set(present) - set(mine):
-                missing_keys.append(prefix + slot)
-            for slot, tensor in mine.items():
-                if slot in present and tensor.shape != self.canonical()[slot].shape:
-                    error_msgs.append(f"{prefix}{slot}: expected {tuple(self.canonical()[slot].shape)}, found {tuple(tensor.shape)}")
-                    return
-            prepared = self.kernel
-            device = self.codes.device if self.codes is not None else None
-            self.fill({slot: t if device is None or device.type == "meta" else t.to(device).clone() for slot, t in mine.items()})
-            if prepared:
-                self.prepare(prepared)
-        else:
-            missing_keys.extend(prefix + slot for slot in set(present) - set(mine))
-            unexpected_keys.extend(prefix + slot for slot in set(mine) - set(present))
+        missing_keys.extend(prefix + slot for slot in present if slot not in mine)
+        unexpected_keys.extend(prefix + slot for slot in mine if slot not in present)
+        if set(mine) != set(present):
+            return
+        said = local_metadata.get("qgen", {})
+        for key, here in (("weight", self.weight_format), ("act", self.act_format), ("hadamard", self.hadamard)):
+            if said.get(key, here) != here:
+                error_msgs.append(f"{prefix}codes: this layer's {key} is {here or 'float'}, the state dict's {said[key] or 'float'}")
+                return
+        canonical = self.canonical()
+        for slot, tensor in mine.items():
+            if tensor.shape != canonical[slot].shape:
+                error_msgs.append(f"{prefix}{slot}: expected {tuple(canonical[slot].shape)}, found {tuple(tensor.shape)}")
+                return
+        prepared, device = self.kernel, self.codes.device
+        assign = local_metadata.get("assign_to_params_buffers", False) or device.type == "meta"
+        self.fill({slot: t if assign else t.to(device).clone() for slot, t in mine.items()})
+        if prepared:
+            self.prepare(prepared)
 
     @property
     def layout(self) -> "Layout":
@@ -172,9 +206,18 @@ class Packed(nn.Module):
         present = tuple(slot for slot in self.slots() if slot not in ("codes", "scales"))
         return Layout(self.weight_format, self.act_format, self.rank, self.hadamard, present)
 
+    def described(self) -> dict:
+        """Kind, layout and compute dtype as plain data: what a file says about this layer."""
+        kind = "conv2d" if isinstance(self, nn.Conv2d) else "linear"
+        return {"kind": kind, **asdict(self.layout), "dtype": str(self.compute_dtype)[6:]}
+
     def extra_repr(self) -> str:
         rank = f", rank={self.rank}" if self.rank else ""
         return f"N={self.n}, K={self.k}, {self.weight_format} x {self.act_format or 'float'}{rank}, kernel={self.kernel}"
+
+
+def _castable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

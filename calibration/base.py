@@ -1,0 +1,131 @@
+"""Call, Moment, CalibrationSet: recorded denoiser calls, and where in sampling each was made.
+
+Calls are what stands for real use. They are split by *sample* (a prompt, or a batch of prompts), never by step, into calls that methods
+fit and calls that are held out: a method may only be kept where it helps on prompts it has not seen.
+"""
+
+__all__ = ["CalibrationSet", "Calibrator", "Call", "Moment"]
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qgen.errors import BadData
+from qgen.registry import Registry
+
+calibrators: Registry[type] = Registry("calibrator", "qgen.calibration")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in sampling a call was made.
+
+    sample: number of the prompt (or batch of prompts). step: index of the denoiser call within its run. t: the scheduler's timestep,
+    as the denoiser got it (None if it takes none). held: whether the call is held out from fitting.
+    """
+
+    sample: int = 0
+    step: int = 0
+    t: float | None = None
+    held: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a denoiser: positional and keyword arguments (tensors on the CPU), its Moment, and the float model's output if kept."""
+
+    args: tuple
+    kwargs: dict
+    moment: Moment = field(default_factory=Moment)
+    output: Tensor | None = None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of all arguments, nested ones included."""
+        yield from _walk("args", self.args)
+        yield from _walk("kwargs", self.kwargs)
+
+    def run(self, module: nn.Module) -> Any:
+        """The module's output on this call, arguments moved to the module's device; they are never changed in place."""
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        args, kwargs = _map(self.args, lambda t: t.to(device)), _map(self.kwargs, lambda t: t.to(device))
+        return module(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Recorded calls of one denoiser. `origin` says how they were made."""
+
+    calls: tuple[Call, ...]
+    origin: str = "given"
+
+    def check(self) -> None:
+        """BadData if there are no calls, or if any argument holds NaN or infinity (names the call and the argument)."""
+        if not self.calls:
+            raise BadData("calibration holds no calls: record at least one, or use a recipe that needs none (e.g. 'rtn-int4')")
+        for number, call in enumerate(self.calls):
+            for name, tensor in call.tensors():
+                if tensor.is_floating_point() and not _maskish(name) and not bool(torch.isfinite(tensor).all()):
+                    raise BadData(f"calibration call {number}, argument {name}: holds NaN or infinity")
+
+    def hold_out(self, share: float = 0.2) -> "CalibrationSet":
+        """The same calls with a share of the samples, spread evenly, marked as held out. Sets that are marked already stay as they are.
+
+        With a single sample nothing can be held out by prompt; its last steps are then, and `origin` says so.
+        """
+        if any(call.moment.held for call in self.calls) or len(self.calls) < 2:
+            return self
+        samples = sorted({call.moment.sample for call in self.calls})
+        by_step = len(samples) == 1
+        keys = sorted({call.moment.step for call in self.calls}) if by_step else samples
+        count = max(1, round(len(keys) * share))
+        held = {keys[int((i + 0.5) * len(keys) / count)] for i in range(count)} if len(keys) > 1 else set()
+        mark = [(call.moment.step if by_step else call.moment.sample) in held for call in self.calls]
+        calls = tuple(replace(c, moment=replace(c.moment, held=h)) for c, h in zip(self.calls, mark, strict=True))
+        return replace(self, calls=calls, origin=self.origin + (" (held out by step: one sample)" if by_step else ""))
+
+    def digest(self) -> str:
+        """sha256 over every argument: two sets with the same digest calibrate to the same bytes."""
+        h = hashlib.sha256()
+        for call in self.calls:
+            h.update(repr((call.moment, [(n, t.shape, t.dtype) for n, t in call.tensors()])).encode())
+            for _, t in call.tensors():
+                h.update(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()
+
+
+class Calibrator(Protocol):
+    """Decides which denoiser calls stand for real use."""
+
+    def calls(self, pipe: Any, denoisers: dict[str, nn.Module], **options: Any) -> dict[str, CalibrationSet]:
+        """Recorded calls for each denoiser."""
+        ...
+
+
+def _maskish(name: str) -> bool:
+    return "mask" in name  # additive masks hold -inf on purpose
+
+
+def _walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _walk(f"{name}.{key}", item)
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from _walk(f"{name}.{i}", item)
+
+
+def _map(value: Any, fn) -> Any:
+    """`value` with `fn` applied to every tensor in nested tuples, lists and dicts; other objects pass through."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map(v, fn) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, fn) for k, v in value.items()}
+    return value

@@ -1,0 +1,129 @@
+"""Streaming statistics of a layer's input: updated row by row, mergeable in any order, with a size known before any data flows."""
+
+__all__ = ["AbsMax", "Gram", "Observer", "Reservoir"]
+
+import hashlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qgen.calibration.base import Moment
+
+
+class Observer(Protocol):
+    """A streaming statistic of rows x (M, K)."""
+
+    def update(self, x: Tensor, moment: Moment) -> None: ...
+
+    def merge(self, other: "Observer") -> None: ...
+
+    def nbytes(self, k: int) -> int: ...
+
+
+class AbsMax:
+    """Largest magnitude and mean magnitude of each column, (K,) float32, over the calls that are not held out."""
+
+    def __init__(self):
+        self.absmax: Tensor | None = None
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def update(self, x: Tensor, moment: Moment) -> None:
+        if moment.held:
+            return
+        magnitude = x.float().abs()
+        self._add(magnitude.amax(0), magnitude.sum(0, dtype=torch.float64), len(x))
+
+    def merge(self, other: "AbsMax") -> None:
+        if other.count:
+            self._add(other.absmax, other.total, other.count)
+
+    def _add(self, absmax: Tensor, total: Tensor, count: int) -> None:
+        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+        self.total = total if self.total is None else self.total + total
+        self.count += count
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean magnitude (K,) float32."""
+        return (self.total / self.count).float()
+
+    def nbytes(self, k: int) -> int:
+        return 12 * k
+
+
+class Gram:
+    """Mean of x xᵀ, (K, K) float32, over the calls that are not held out."""
+
+    def __init__(self):
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def update(self, x: Tensor, moment: Moment) -> None:
+        if moment.held:
+            return
+        x = x.float()
+        if self.total is None:
+            self.total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self.total.addmm_(x.T, x)
+        self.count += len(x)
+
+    def merge(self, other: "Gram") -> None:
+        if other.count:
+            self.total = other.total.clone() if self.total is None else self.total + other.total
+            self.count += other.count
+
+    @property
+    def mean(self) -> Tensor:
+        """(K, K) float32."""
+        return self.total / self.count
+
+    def nbytes(self, k: int) -> int:
+        return 4 * k * k
+
+
+class Reservoir:
+    """A uniform sample of rows, float32: `rows` of the calls that fit and a quarter as many of those held out.
+
+    Every row gets a random key that depends on the seed and the call alone; the rows with the smallest keys stay. The sample is therefore
+    the same whatever the order of calls, and two halves merge into what one pass would have kept.
+    """
+
+    def __init__(self, rows: int, seed: int = 0):
+        self.rows, self.seed = rows, seed
+        self._kept: dict[bool, tuple[Tensor, Tensor] | None] = {False: None, True: None}
+
+    def update(self, x: Tensor, moment: Moment) -> None:
+        word = hashlib.sha256(f"{self.seed}/{moment.sample}/{moment.step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
+        keys = torch.rand(len(x), generator=generator)
+        limit = self._limit(moment.held)
+        if len(x) > limit:
+            keys, index = keys.topk(limit, largest=False)
+            x = x[index.to(x.device)]
+        self._add(moment.held, keys, x.detach().float())
+
+    def merge(self, other: "Reservoir") -> None:
+        for held, kept in other._kept.items():
+            if kept is not None:
+                self._add(held, *kept)
+
+    def _limit(self, held: bool) -> int:
+        return max(1, self.rows // 4) if held else self.rows
+
+    def _add(self, held: bool, keys: Tensor, x: Tensor) -> None:
+        if (kept := self._kept[held]) is not None:
+            keys, x = torch.cat([kept[0], keys]), torch.cat([kept[1], x])
+        if len(keys) > self._limit(held):
+            keys, index = keys.topk(self._limit(held), largest=False)
+            x = x[index.to(x.device)]
+        self._kept[held] = (keys, x)
+
+    def result(self, held: bool = False) -> Tensor | None:
+        """Rows (M, K) float32 in the order of their keys, or None if none were seen."""
+        kept = self._kept[held]
+        return None if kept is None else kept[1][kept[0].argsort().to(kept[1].device)]
+
+    def nbytes(self, k: int) -> int:
+        return int(self.rows * 1.25) * 4 * (k + 1)

@@ -1,0 +1,39 @@
+"""Checks that come before anything is changed."""
+
+__all__ = ["check_weights", "parse_bytes", "refuse_quantized"]
+
+import re
+
+import torch
+from torch import nn
+
+from qgen.errors import BadData, NotQuantizable
+from qgen.nn.packed import Packed
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def refuse_quantized(module: nn.Module, name: str) -> None:
+    """NotQuantizable if the module holds packed layers, or layers packed by another library."""
+    for path, layer in module.named_modules():
+        if isinstance(layer, Packed):
+            raise NotQuantizable(f"{name or type(module).__name__} is quantized already (layer {path}); load the 16-bit model first")
+        if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():
+            raise NotQuantizable(f"{name or type(module).__name__}: layer {path} holds {layer.weight.dtype}, packed by another library")
+
+
+def check_weights(module: nn.Module, name: str) -> None:
+    """BadData naming the first parameter that holds NaN or infinity, or that is on the meta device."""
+    for path, p in module.named_parameters():
+        if p.device.type == "meta":
+            raise BadData(f"{name or type(module).__name__}: parameter {path} has no data (meta device); load the weights first")
+        if p.is_floating_point() and not bool(torch.isfinite(p.detach().sum(dtype=torch.float32))) and not torch.isfinite(p).all():
+            raise BadData(f"{name or type(module).__name__}: parameter {path} holds NaN or infinity; the weights are broken")
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes from a number or text such as "2GiB", "800 MB"; ValueError otherwise, or if not positive."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", str(text), re.IGNORECASE)
+    if not match or match[2].lower() not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"memory is a positive number of bytes or text such as '2GiB', found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -1,0 +1,311 @@
+"""Behind `quantize`: adapter → record → probe → recipe → waves → swap → report.
+
+Everything that can be refused is refused before the first layer is swapped; whatever goes wrong later (NaN in an activation, Ctrl-C, a full
+disk) puts the float layers back, so that a pipe is either quantized as a whole or as it was.
+"""
+
+__all__ = ["prepare", "quantize"]
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qgen import recipes
+from qgen.calibration.base import CalibrationSet
+from qgen.calibration.record import Recorder, as_calls
+from qgen.checks import check_weights, parse_bytes, refuse_quantized
+from qgen.errors import NotQuantizable
+from qgen.methods.base import sqnr_db
+from qgen.models import adapter_for
+from qgen.nn import QuantConv2d, QuantLinear
+from qgen.nn.packed import Packed
+from qgen.probe import probe
+from qgen.progress import bars
+from qgen.recipe import Recipe, Spec
+from qgen.resume import Journal
+from qgen.site import Site
+from qgen.waves import Group, Stats, Wave, measure, plan, solve
+
+log = logging.getLogger("qgen")
+
+
+def quantize(
+    pipe_or_module: Any,
+    recipe: str | Path | Recipe = "auto",
+    *,
+    prompts: Sequence[str] | None = None,
+    call_kwargs: dict | None = None,
+    calibration: Any = None,
+    budget: float | None = None,
+    attention: str | None = None,
+    memory: int | str | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Any:
+    """Quantizes a pipeline's denoisers, or a module, in place, and returns its argument.
+
+    Arguments:
+        pipe_or_module: a diffusers pipeline (every denoiser in it is quantized) or any `nn.Module`.
+        recipe: a name of `qgen.recipes.names()`, a `Recipe`, or the path of a recipe's JSON file.
+        prompts: what the pipeline draws during calibration; default: its own `calibration_prompts`, or a built-in set.
+        call_kwargs: further arguments of the pipeline's call during calibration (steps, guidance, size, images …).
+        calibration: a recorded set (`qgen.calibration.load`), a calibrator (`Recorder(samples=32)`), or for a bare module a list of calls.
+        memory: bytes for calibration statistics, or text such as "2GiB"; less memory means more replays. Default: half the model's size,
+            at least 512 MiB.
+        checkpoint: folder in which finished waves are kept; the same call goes on from there after a crash.
+        seed: of latents and of methods' random numbers. Same seed, same machine, same number of threads: same bytes.
+        progress: show progress bars.
+
+    Raises NotQuantizable (nothing to quantize, or quantized already), ValueError (unknown names, no prompts), BadData (NaN or infinity in
+    weights or activations), BadCheckpoint (a checkpoint of another model, recipe or calibration). In each case nothing is changed.
+    """
+    for name, value in (("budget", budget), ("attention", attention)):
+        if value is not None:
+            raise ValueError(f"{name}={value!r}: this version quantizes layers by recipe alone; leave {name} out")
+    adapter = adapter_for(pipe_or_module)
+    denoisers = adapter.denoisers(pipe_or_module)
+    for name, module in denoisers.items():
+        refuse_quantized(module, name)
+        check_weights(module, name)
+    device = next(next(iter(denoisers.values())).parameters()).device
+    resolved = _recipe(recipe, device)
+    if keep := adapter.keep_float():
+        resolved = resolved.skip(*keep, why=f"kept float in {type(adapter).__name__}")
+    bar = bars(progress)
+    sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar, checkpoint)
+    jobs = [_Job.plan(name, module, resolved, sets.get(name), memory, seed) for name, module in denoisers.items()]
+    try:
+        for job in jobs:
+            job.run(bar, checkpoint)
+    except BaseException:
+        for job in jobs:
+            job.undo()
+        raise
+    for job in jobs:
+        job.finish()
+    return pipe_or_module
+
+
+def prepare(x: Any, kernel: str | None = None) -> dict[str, int]:
+    """Chooses kernels for the device where each packed layer is; returns how many layers run which. NoKernel with reasons if none serves."""
+    counts: dict[str, int] = {}
+    for module in adapter_for(x).denoisers(x).values():
+        for layer in module.modules():
+            if isinstance(layer, Packed):
+                name = layer.prepare(kernel)
+                counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+@dataclass
+class _Job:
+    """One denoiser on its way: its plan, what was swapped out, what the report says."""
+
+    name: str
+    module: nn.Module
+    recipe: Recipe
+    calls: CalibrationSet | None
+    waves: list[Wave]
+    kept: list[dict]
+    seed: int
+    originals: dict[str, nn.Module] = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+    @classmethod
+    def plan(cls, name: str, module: nn.Module, recipe: Recipe, calls: CalibrationSet | None, memory: Any, seed: int) -> "_Job":
+        sites = probe(module, calls.calls[0]) if calls else static_sites(module)
+        chosen: list[tuple[Site, Spec]] = []
+        kept = []
+        for site in sites:
+            spec, why = recipe.resolve(site)
+            if spec is None:
+                layer = module.get_submodule(site.path)
+                kept.append({**_facts(site), "spec": "float", "kernel": "", "why": why, **_sizes(layer, layer)})
+            else:
+                chosen.append((site, spec))
+        if not chosen:
+            raise NotQuantizable(f"recipe {recipe.name!r} keeps all {len(sites)} layers of {type(module).__name__} float: nothing to do")
+        total = sum(p.nbytes for p in module.parameters())
+        budget = max(512 << 20, total // 2) if memory is None else parse_bytes(memory)
+        return cls(name, module, recipe, calls, plan(chosen, budget), kept, seed)
+
+    def run(self, bar: Callable, checkpoint: str | Path | None) -> None:
+        journal = Journal.open(checkpoint, self.name, self.module, self.recipe, self.calls, self.seed) if checkpoint else None
+        self.outputs = _outputs(self.module, self.calls)
+        label = self.name or type(self.module).__name__
+        total = sum(len(wave.groups) for wave in self.waves)
+        with bar(total=total, desc=f"quantize {label}", unit="layer") as meter:
+            for number, wave in enumerate(self.waves):
+                if journal and (saved := journal.read(number)):
+                    for path, (layout, slots, row) in saved.items():
+                        self._swap(path, layout, slots, row)
+                    meter.update(len(wave.groups))
+                    continue
+                stats = {}
+                if self.calls is not None:
+                    title = f"observe wave {number + 1}/{len(self.waves)}"
+                    stats = measure(self.module, wave, self.calls, self.seed, lambda c, t=title: bar(c, desc=t, unit="call", leave=False))
+                done: list[dict] = []
+                for group in wave.groups:
+                    done += self._solve(group, stats.get(group.sites[0].shares, Stats()))
+                    meter.update(1)
+                if journal:
+                    journal.write(number, {row["path"]: self.module.get_submodule(row["path"]) for row in done}, done)
+
+    def _solve(self, group: Group, stats: Stats) -> list[dict]:
+        draft, error = solve(self.module, group, stats, self.seed)
+        made = []
+        for index, site in enumerate(group.sites):
+            old = self.module.get_submodule(site.path)
+            dtype = old.weight.dtype
+            new = (
+                QuantConv2d.from_draft(draft, old, index, dtype)
+                if site.kind == "conv2d"
+                else QuantLinear.from_draft(draft, index, dtype)
+            )
+            why = self.recipe.resolve(site)[1]
+            if draft.k_padded != site.shape[1]:
+                why += f"; K padded from {site.shape[1]} to {draft.k_padded}"
+            row = {**_facts(site), "spec": str(group.spec), "why": why, **error, **_sizes(new, old), "log": dict(draft.log)}
+            made.append(self._install(site.path, new, row))
+        return made
+
+    def _swap(self, path: str, layout: Any, slots: dict, row: dict) -> None:
+        """Puts a layer back that an earlier, interrupted run had finished."""
+        old = self.module.get_submodule(path)
+        dtype = old.weight.dtype
+        conv = isinstance(old, nn.Conv2d)
+        new = QuantConv2d(old, layout, dtype) if conv else QuantLinear(old.in_features, old.out_features, layout, dtype)
+        new.fill({name: t.to(old.weight.device) for name, t in slots.items()})
+        self._install(path, new, row)
+
+    def _install(self, path: str, new: Packed, row: dict) -> dict:
+        row["kernel"] = new.prepare()
+        new.train(False)
+        self.originals[path] = self.module.get_submodule(path)
+        _replace(self.module, path, new)
+        self.rows.append(row)
+        return row
+
+    def undo(self) -> None:
+        for path, layer in self.originals.items():
+            _replace(self.module, path, layer)
+
+    def finish(self) -> None:
+        order = {path: i for i, (path, _) in enumerate(self.module.named_modules())}
+        rows = sorted([*self.rows, *self.kept], key=lambda row: order[row["path"]])
+        if self.outputs:
+            rows.append(_output_row(self.module, self.calls, self.outputs))
+        self.originals.clear()
+        self.module.qgen_recipe, self.module.qgen_report = self.recipe, rows
+
+
+def static_sites(module: nn.Module) -> list[Site]:
+    """Sites in the order of definition, for data-free recipes on a module that nobody can call."""
+    from qgen.probe import blocks_of, packable
+
+    block = blocks_of(module)
+    sites = []
+    for path, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer, Packed) and packable(layer):
+            kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+            role = "inside" if block(path) or not block.any else "outside"
+            shape = (layer.weight.shape[0], layer.weight[0].numel())
+            sites.append(Site(path, kind, block(path), len(sites), path, shape, role=role))
+    if not sites:
+        raise NotQuantizable(f"{type(module).__name__} has no nn.Linear or nn.Conv2d layer: there is nothing to quantize")
+    return sites
+
+
+def _recipe(recipe: str | Path | Recipe, device: torch.device) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if str(recipe).endswith(".json"):
+        path = Path(recipe)
+        if not path.is_file():
+            raise ValueError(f"no recipe file {path}")
+        return Recipe.from_json(path.read_text(encoding="utf-8"))
+    return recipes.get(str(recipe), device)
+
+
+def _calls(pipe, denoisers, recipe, calibration, prompts, call_kwargs, seed, bar, checkpoint) -> dict[str, CalibrationSet]:
+    """Calibration calls of each denoiser; {} for recipes that need none and callers that give none."""
+    bare = isinstance(pipe, nn.Module)
+    if prompts is not None and not len(prompts):
+        raise ValueError("calibration needs at least one prompt, found none; leave out `prompts` for the built-in set")
+    if calibration is None and not _needs(recipe):
+        return {}
+    if bare and calibration is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} calibrates: pass calibration=[...] with recorded calls of {type(pipe).__name__}, or use a recipe "
+            "that needs none ('rtn-int4', 'rtn-nvfp4', 'fp8')"
+        )
+    if hasattr(calibration, "calls") and callable(calibration.calls) or calibration is None:
+        recorder = calibration or Recorder()
+        sets = recorder.calls(pipe, denoisers, prompts=prompts, call_kwargs=call_kwargs, seed=seed, progress=bar)
+    elif isinstance(calibration, dict) and set(calibration) <= set(denoisers):
+        sets = {name: as_calls(given) for name, given in calibration.items()}
+    else:
+        sets = {name: as_calls(calibration) for name in denoisers}
+    for name in denoisers:
+        if name not in sets:
+            raise ValueError(f"calibration never called the denoiser {name!r}; record calls that do, or skip it in the recipe")
+        sets[name] = sets[name].hold_out()
+        sets[name].check()
+    return sets
+
+
+def _needs(recipe: Recipe) -> bool:
+    specs = [recipe.default, *(rule.spec for rule in recipe.rules)]
+    probe_site = Site("", "linear", "", 0, "", (64, 64))
+    return any(method.needs(probe_site) for spec in specs if spec for method in spec.methods)
+
+
+def _outputs(module: nn.Module, calls: CalibrationSet | None, at_most: int = 4) -> list[torch.Tensor]:
+    """The float model's outputs on a few held-out calls, to judge the whole by."""
+    with torch.no_grad():
+        return [_first(call.run(module)).float().cpu() for call in _judged(calls, at_most)]
+
+
+def _judged(calls: CalibrationSet | None, at_most: int) -> list:
+    held = [call for call in calls.calls if call.moment.held] if calls else []
+    return held[:: max(1, len(held) // at_most)][:at_most]
+
+
+def _output_row(module: nn.Module, calls: CalibrationSet, wanted: list[torch.Tensor]) -> dict:
+    """How far the whole denoiser's output is from the float model's, on held-out calls."""
+    lost = energy = 0.0
+    with torch.no_grad():
+        for call, want in zip(_judged(calls, len(wanted)), wanted, strict=True):
+            lost += float((_first(call.run(module)).float().cpu() - want).square().sum())
+            energy += float(want.square().sum())
+    return {"path": "(output)", "kind": "denoiser", "why": "whole denoiser, held-out calls", "sqnr_db": sqnr_db(lost / max(energy, 1e-30))}
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The first tensor of a model's output."""
+    while not isinstance(output, torch.Tensor):
+        output = output[0] if not isinstance(output, dict) else next(iter(output.values()))
+    return output
+
+
+def _facts(site: Site) -> dict:
+    return {"path": site.path, "kind": site.kind, "block": site.block, "shape": list(site.shape), "role": site.role}
+
+
+def _sizes(new: nn.Module, old: nn.Module) -> dict:
+    """Bytes as stored, and what 16-bit weights would take."""
+    numel = sum(p.numel() for p in old.parameters(recurse=False))
+    return {"nbytes": new.nbytes if isinstance(new, Packed) else 2 * numel, "bytes16": 2 * numel}
+
+
+def _replace(module: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, new)

@@ -1,0 +1,85 @@
+r"""SVDQuant's low-rank branch: W ≈ Q(W − U D) + U D, with U D the leading rank-R part of the smoothed weight.
+
+Refits repeat `L ← SVD_R(Ŵ − Q(Ŵ − L))`, which moves what rounding lost into the branch, and stop when the output error rises. The SVD is
+randomized (R + 10 columns, 4 power iterations, seeded): as good as the full one here, and some 18 times quicker.
+Li et al., 2024, https://arxiv.org/abs/2411.05007 · Halko et al., 2009, https://arxiv.org/abs/0909.4061
+"""
+
+__all__ = ["LowRank", "low_rank"]
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qgen import formats
+from qgen.methods.base import Stats
+from qgen.recipe import methods
+from qgen.site import Draft, Site
+
+
+@methods.register("lowrank")
+@dataclass(frozen=True)
+class LowRank:
+    """Lowers the squared error of the weight; refits lower the output error on held-out rows.
+
+    rank: R, capped at a quarter of the smaller side. rounds: refits at most.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    rank: int = 32
+    rounds: int = 5
+
+    def needs(self, site: Site) -> frozenset[str]:
+        return frozenset({"rows"} if self.rounds else ())
+
+    def refine(self, draft: Draft, stats: Stats) -> Draft:
+        rank = min(self.rank, min(draft.sites[0].shape) // 4)
+        if rank < 1:
+            return draft
+        base = replace(draft, down=None, up=None, qweight=None)
+        target = base.target()
+        chosen = with_branch(base, *low_rank(target, rank, stats.seed))
+        if stats.judge is None:
+            return chosen
+        fmt, least = formats.get(draft.spec.weight), chosen.error(stats.judge)
+        current = chosen
+        for round in range(self.rounds):
+            lost = target - fmt.fake(current.target(), draft.clip)
+            current = with_branch(base, *low_rank(lost, rank, stats.seed + round + 1))
+            error = current.error(stats.judge)
+            if not error < least:
+                break
+            chosen, least = current, error
+        return chosen
+
+
+def low_rank(matrix: Tensor, rank: int, seed: int = 0, iterations: int = 4) -> tuple[Tensor, Tensor]:
+    """Best rank-R approximation of (N, K) as up (N, R) and down (R, K), by a seeded randomized SVD; singular values split evenly."""
+    n, k = matrix.shape
+    q = min(rank + 10, n, k)
+    if q >= min(n, k):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        y = matrix @ torch.randn(k, q, generator=generator).to(matrix)
+        for _ in range(iterations):
+            y = matrix @ (matrix.T @ torch.linalg.qr(y).Q)
+        basis = torch.linalg.qr(y).Q
+        small, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        u = basis @ small
+    root = s[:rank].clamp_min(0).sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def with_branch(draft: Draft, up: Tensor, down: Tensor) -> Draft:
+    """The draft with a branch given in the basis of its target: `down` is brought back to the raw basis, both to storage precision."""
+    from qgen.kernels.reference import hadamard_blocks
+
+    if draft.hadamard:
+        down = hadamard_blocks(down, draft.hadamard)
+    down = down[:, : draft.weight.shape[1]]
+    if draft.smooth is not None:
+        down = down / draft.smooth
+    return replace(draft, up=draft.stored(up), down=draft.stored(down), qweight=None)

@@ -1,0 +1,105 @@
+"""One forward pass under hooks tells what per-model code used to: execution order, repeated blocks, shared inputs, producers, roles.
+
+Two layers share an input when they are given the same memory, unchanged, while it is alive. A block is the outermost entry of a
+`ModuleList` (or `Sequential`) of repeated structure that a layer lives in. A layer outside every block is an embedder or a head; one that
+sees a single row per sample (time embeddings, adaLN modulation) works on vectors.
+"""
+
+__all__ = ["blocks_of", "packable", "probe"]
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qgen.calibration.base import Call
+from qgen.errors import NotQuantizable
+from qgen.nn.packed import Packed
+from qgen.site import Site
+
+
+def probe(module: nn.Module, call: Call) -> list[Site]:
+    """Sites of `module` in execution order, from one run of `call`. NotQuantizable if it runs no linear or convolution layer."""
+    watch = _Watch(blocks_of(module))
+    hooks = []
+    for path, child in module.named_modules():
+        if isinstance(child, (nn.Linear, nn.Conv2d)) and not isinstance(child, Packed) and packable(child):
+            hooks.append(child.register_forward_pre_hook(watch.entering(path)))
+        if path and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            hooks.append(child.register_forward_hook(watch.leaving))
+    try:
+        with torch.no_grad():
+            call.run(module)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not watch.sites:
+        raise NotQuantizable(f"{type(module).__name__} ran no nn.Linear or nn.Conv2d layer: there is nothing to quantize")
+    return watch.sites
+
+
+class _Watch:
+    def __init__(self, blocks: Callable[[str], str]):
+        self.blocks = blocks
+        self.sites: list[Site] = []
+        self.seen: set[str] = set()
+        self.inputs: dict[tuple, tuple[weakref.ref, str]] = {}
+        self.made: dict[tuple, tuple[weakref.ref, str]] = {}
+
+    def entering(self, path: str):
+        def hook(layer: nn.Module, args: tuple) -> None:
+            if path in self.seen or not args or not isinstance(args[0], Tensor):
+                return
+            self.seen.add(path)
+            x = args[0]
+            conv = isinstance(layer, nn.Conv2d)
+            shares = _recall(self.inputs, x) or f"input{len(self.sites)}"
+            self.inputs[_key(x)] = (weakref.ref(x), shares)
+            block = self.blocks(path)
+            rows = x.shape[-2] * x.shape[-1] if conv else x.numel() // max(1, x.shape[-1] * x.shape[0])
+            shape = (layer.weight.shape[0], layer.weight[0].numel())
+            role = "vector" if rows == 1 and not conv else "inside" if block or not self.blocks.any else "outside"
+            self.sites.append(
+                Site(path, "conv2d" if conv else "linear", block, len(self.sites), shares, shape, rows, _recall(self.made, x), role)
+            )
+
+        return hook
+
+    def leaving(self, module: nn.Module, args: tuple, output) -> None:
+        if isinstance(output, Tensor) and _recall(self.made, output) == "":
+            self.made[_key(output)] = (weakref.ref(output), type(module).__name__)
+
+
+def _key(x: Tensor) -> tuple:
+    return x.data_ptr(), tuple(x.shape), x._version
+
+
+def _recall(table: dict[tuple, tuple[weakref.ref, str]], x: Tensor) -> str:
+    """The name stored for this memory while its tensor is alive, else ""."""
+    known = table.get(_key(x))
+    return known[1] if known is not None and known[0]() is not None else ""
+
+
+def packable(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return True
+
+
+class blocks_of:
+    """path -> path of the block it lives in, "" if none. `any`: whether the module has blocks at all."""
+
+    def __init__(self, module: nn.Module):
+        self.heads: list[str] = []
+        for path, child in module.named_modules():
+            if isinstance(child, nn.ModuleList) and len(child) and not any(path.startswith(h + ".") for h in self.heads):
+                self.heads.append(path)
+        self.any = bool(self.heads)
+
+    def __call__(self, path: str) -> str:
+        for head in self.heads:
+            if path.startswith(head + "."):
+                return head + "." + path[len(head) + 1 :].partition(".")[0]
+        return ""
+

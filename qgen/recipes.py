@@ -1,0 +1,58 @@
+"""Named recipes: each is a few lines of data. `get(name)`, `names()`, and `auto(device)` which picks by what the device runs fastest."""
+
+__all__ = ["auto", "get", "names"]
+
+from dataclasses import replace
+
+import torch
+
+from qgen.errors import unknown
+from qgen.methods.awq import AWQ
+from qgen.methods.bias import BiasCorrection
+from qgen.methods.gptq import GPTQ
+from qgen.methods.lowrank import LowRank
+from qgen.methods.reconstruct import Reconstruct
+from qgen.methods.smooth import Smooth
+from qgen.recipe import Recipe, Rule, Spec
+
+_SVDQUANT = (Smooth(), LowRank(32), GPTQ(), Reconstruct(), BiasCorrection())
+_OUTSIDE = Rule("*", None, role="outside", why="embedder or head, outside the repeated blocks")
+_VECTOR = Rule("*", Spec("int4_g64", None), role="vector", why="one row per sample (time or modulation): 4-bit weights, 16-bit input")
+_NARROW = Rule("*", None, below=32, why="fewer than 32 inputs or outputs")
+_RULES = (_VECTOR, _OUTSIDE, _NARROW)
+
+
+def _recipes() -> dict[str, Recipe]:
+    made = {
+        "svdquant-int4": (Spec("int4_g64", "uint4_g64", _SVDQUANT), "W4A4, integer: smoothing, rank 32, GPTQ, zero points"),
+        "svdquant-nvfp4": (Spec("nvfp4", "nvfp4_dynamic", _SVDQUANT), "W4A4, NVFP4: smoothing, rank 32, GPTQ"),
+        "w4a8": (Spec("int4_s8_g64", "int8_row", _SVDQUANT), "4-bit weights with integer sub-scales, 8-bit activations, rank 32"),
+        "w4a16": (Spec("int4_g64", None, (AWQ(), *_SVDQUANT[1:])), "4-bit weights, 16-bit activations, rank 32"),
+        "w8a8": (Spec("int8_row", "int8_row", (Smooth(),)), "8-bit integers"),
+        "fp8": (Spec("fp8_e4m3_row", "fp8_e4m3_row"), "8-bit floats, no calibration"),
+        "rtn-int4": (Spec("int4_g64", "int4_g64"), "W4A4 rounded to nearest, no calibration: the baseline"),
+        "rtn-nvfp4": (Spec("nvfp4", "nvfp4_dynamic"), "W4A4 NVFP4 rounded to nearest, no calibration"),
+    }
+    return {name: Recipe(spec, _RULES, name, about) for name, (spec, about) in made.items()}
+
+
+def names() -> list[str]:
+    """All recipe names, "auto" included."""
+    return ["auto", *_recipes()]
+
+
+def get(name: str, device: torch.device | str = "cpu") -> Recipe:
+    """The recipe called `name`; "auto" picks for `device`. ValueError with the nearest name if there is none."""
+    if name == "auto":
+        return auto(device)
+    made = _recipes()
+    if name not in made:
+        raise ValueError(unknown("recipe", name, names()))
+    return made[name]
+
+
+def auto(device: torch.device | str = "cpu") -> Recipe:
+    """NVFP4 where tensor cores run it (capability 10.0 and up), integer W4A8 elsewhere: on int8 units 4-bit activations are no faster."""
+    device = torch.device(device)
+    blackwell = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (10, 0)
+    return replace(get("svdquant-nvfp4" if blackwell else "w4a8"), name="auto")

@@ -1,0 +1,177 @@
+"""Waves: cut blocks into groups whose observers fit a memory budget, replay the calls once per group, quantize it, go on.
+
+Each wave is one replay through the live model, whose earlier waves are quantized already, so errors propagate as in use. Nothing is
+traced: a hook observes each distinct input once, and the replay stops after the last layer of the wave.
+"""
+
+__all__ = ["Group", "Wave", "measure", "plan", "solve"]
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qgen.calibration.base import CalibrationSet
+from qgen.calibration.observers import AbsMax, Gram, Reservoir
+from qgen.errors import BadData
+from qgen.methods.base import Stats, refine, sqnr_db
+from qgen.nn.conv import unfold
+from qgen.recipe import Spec
+from qgen.site import Draft, Site
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that become one draft, and their spec."""
+
+    sites: tuple[Site, ...]
+    spec: Spec
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the methods of the spec read."""
+        return frozenset().union(*(m.needs(self.sites[0]) for m in self.spec.methods)) if self.spec.methods else frozenset()
+
+
+@dataclass(frozen=True)
+class Wave:
+    groups: tuple[Group, ...]
+    nbytes: int
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for group in self.groups for site in group.sites]
+
+
+def plan(specs: Iterable[tuple[Site, Spec]], budget: int) -> list[Wave]:
+    """Waves of whole blocks in execution order, each with observers of at most `budget` bytes (a single block may exceed it)."""
+    blocks: dict[str, list[tuple[Site, Spec]]] = {}
+    for site, spec in specs:
+        blocks.setdefault(site.block or site.path, []).append((site, spec))
+    waves: list[Wave] = []
+    current: list[Group] = []
+    for members in blocks.values():
+        groups = _groups(members)
+        if current and _nbytes([*current, *groups]) > budget:
+            waves.append(Wave(tuple(current), _nbytes(current)))
+            current = []
+        current += groups
+    return [*waves, Wave(tuple(current), _nbytes(current))] if current else waves
+
+
+def _groups(members: list[tuple[Site, Spec]]) -> list[Group]:
+    """One group per site, or per shared input where the spec asks for sharing and kinds, specs and K agree."""
+    groups: dict[object, list[tuple[Site, Spec]]] = {}
+    for site, spec in members:
+        key = (site.shares, spec, site.kind, site.shape[1]) if spec.share else site.path
+        groups.setdefault(key, []).append((site, spec))
+    return [Group(tuple(s for s, _ in g), g[0][1]) for g in groups.values()]
+
+
+def rows_for(k: int) -> int:
+    """Rows of a reservoir for inputs of width K: about 2 M values, between 1024 and 8192 rows."""
+    return max(1024, min(8192, (1 << 21) // k))
+
+
+def _observers(groups: Iterable[Group], seed: int = 0) -> dict[str, dict[str, object]]:
+    """Observers by shared input and statistic."""
+    made: dict[str, dict[str, object]] = {}
+    for group in groups:
+        site = group.sites[0]
+        bank = made.setdefault(site.shares, {})
+        for need in group.needs:
+            kinds = {"rows": lambda s=site: Reservoir(rows_for(s.shape[1]), seed), "gram": Gram, "absmax": AbsMax}
+            if need not in bank:
+                bank[need] = kinds[need]()
+    return {shares: bank for shares, bank in made.items() if bank}
+
+
+def _nbytes(groups: list[Group]) -> int:
+    widths = {group.sites[0].shares: group.sites[0].shape[1] for group in groups}
+    return sum(o.nbytes(widths[shares]) for shares, bank in _observers(groups).items() for o in bank.values())
+
+
+class _Done(Exception):
+    """Ends a replay after the last layer that a wave observes."""
+
+
+def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, progress: Callable) -> dict[str, Stats]:
+    """Replays all calls and returns Stats by shared input. BadData if an observed input holds NaN or infinity."""
+    observers = _observers(wave.groups, seed)
+    if not observers:
+        return {}
+    first: dict[str, Site] = {}
+    for site in sorted(wave.sites, key=lambda s: s.order):
+        if site.shares in observers:
+            first.setdefault(site.shares, site)
+    last = max(site.order for site in first.values())
+    moment = None
+
+    def hook(site: Site) -> Callable:
+        def observe(layer: nn.Module, args: tuple) -> None:
+            rows = unfold(args[0], layer)[0] if site.kind == "conv2d" else args[0]
+            rows = rows.detach().reshape(-1, rows.shape[-1])
+            if not bool(torch.isfinite(rows).all()):
+                raise BadData(f"layer {site.path}: its input holds NaN or infinity on calibration call {moment}; nothing was changed")
+            for observer in observers[site.shares].values():
+                observer.update(rows, moment)
+            if site.order == last:
+                raise _Done
+
+        return observe
+
+    hooks = [module.get_submodule(site.path).register_forward_pre_hook(hook(site)) for site in first.values()]
+    try:
+        for call in progress(calls.calls):
+            moment = call.moment
+            try:
+                with torch.no_grad():
+                    call.run(module)
+            except _Done:
+                pass
+    finally:
+        for handle in hooks:
+            handle.remove()
+    missing = [first[s].path for s, bank in observers.items() if "rows" in bank and bank["rows"].result() is None]
+    if missing:
+        raise BadData(f"no calibration call that may be fitted reaches layer {missing[0]}: record more calls")
+    return {shares: _stats(bank) for shares, bank in observers.items()}
+
+
+def _stats(bank: dict) -> Stats:
+    rows, gram, absmax = (bank.get(name) for name in ("rows", "gram", "absmax"))
+    return Stats(
+        fit=rows and rows.result(False),
+        held=rows and rows.result(True),
+        gram=gram and gram.mean,
+        absmax=absmax and absmax.absmax,
+        absmean=absmax and absmax.mean,
+    )
+
+
+def solve(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Draft, dict]:
+    """The finished draft of a group and what the report says of it."""
+    layers = [module.get_submodule(site.path) for site in group.sites]
+    weight = torch.cat([layer.weight.detach().flatten(1).float() for layer in layers])
+    given = [layer.bias for layer in layers]
+    bias = None
+    if any(b is not None for b in given):
+        bias = torch.cat([weight.new_zeros(s.shape[0]) if b is None else b.detach().float() for s, b in zip(group.sites, given, strict=True)])
+    native = layers[0].weight.dtype
+    draft = Draft(group.sites, group.spec, weight, bias, dtype=native if native in (torch.float16, torch.bfloat16) else torch.float16)
+    word = hashlib.sha256(f"{seed}/{group.sites[0].path}".encode()).digest()
+    stats = replace(stats, seed=int.from_bytes(word[:6], "little"))
+    draft = refine(draft, stats)
+    if stats.judge is None:
+        error = {"weight_sqnr_db": sqnr_db(_weight_error(draft))}
+    else:
+        error = {"sqnr_db": sqnr_db(draft.error(stats.judge)), "sqnr_fit_db": sqnr_db(draft.error(stats.fit[:2048]))}
+    return draft, error
+
+
+def _weight_error(draft: Draft) -> float:
+    target: Tensor = draft.target()
+    lost = (draft.qweight.dequantize() - target).square().sum()
+    return float(lost / target.square().sum().clamp_min(1e-30))
