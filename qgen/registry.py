@@ -57,7 +57,9 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._items or (self._discover() or name in self._items)
+        if name not in self._items:
+            self._discover()
+        return name in self._items
 
     def __iter__(self) -> Iterator[str]:
         self._discover()
@@ -70,7 +72,14 @@ class Registry(Generic[T]):
     def _discover(self) -> None:
         if self._discovered:
             return
-        self._discovered = True
+        self._discovered = True  # first: a module may look itself up while it is imported
+        try:
+            self._import_all()
+        except BaseException:
+            self._discovered = False  # half a registry would hide the reason from the next lookup
+            raise
+
+    def _import_all(self) -> None:
         package = importlib.import_module(self.package)
         for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
             try:

@@ -1,0 +1,66 @@
+r"""`cpu_dequant`: every weight format, any activations, on any CPU: values of the weight by table, then one matrix product.
+
+    y = x̂ · Wᵀ + ((x · downᵀ) · upᵀ + bias),    x̂ = Q_a(((x + shift) / smooth) H)
+
+The weight's values live for one call (N · Kp numbers, shared by all layers). The product runs in float32, or in bfloat16 where that is
+quicker and close enough (`_product`); then W, x̂ and the low-rank part are each rounded to it once. Activations are quantized to the
+reference's codes. Sums over K are the BLAS library's: its order, hence the last bit, may change with the thread count.
+"""
+
+__all__ = []
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as matmul
+
+from qgen import formats
+from qgen.kernels import cpu_codes, reference
+from qgen.kernels.registry import Kernel, Needs, register
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    zero: Tensor | None,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    act_scale: Tensor | None,
+    weight_format: str,
+    act: str,
+    n: int,
+    hadamard: int,
+) -> Tensor:
+    """x (…, K) to y (…, N) in x's dtype, from canonical tensors."""
+    rows = x.reshape(-1, x.shape[-1])
+    dtype = _product(rows, weight_format)
+    kp = codes.shape[-1] * 8 // formats.get(weight_format).bits
+    xh = rows
+    if act or hadamard or smooth is not None or shift is not None or kp > rows.shape[1]:
+        xh = reference.transform_act(rows, kp, smooth, shift, hadamard)
+    if act:
+        xh = cpu_codes.fake_act(xh, act, act_scale)
+    w = cpu_codes.weight(codes, scales, global_scale, zero, weight_format, dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if down is None:
+        y = matmul(xh.to(dtype), w, bias)
+    else:
+        y = matmul(matmul(rows.to(dtype), down.to(dtype)), up.to(dtype), bias)
+        y = y.addmm_(xh.to(dtype), w.T)
+    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def _product(rows: Tensor, weight_format: str) -> torch.dtype:
+    """The dtype of the product: bfloat16 if x is, the processor has instructions for it, there are rows enough to pay, and scales change
+    along K. One scale per row leaves sixteen values whose rounding errors repeat along K and add up: 1.1e-2 relative RMS with uint4_row.
+    """
+    block = formats.get(weight_format).block or rows.shape[1]
+    quick = rows.dtype == torch.bfloat16 and cpu_codes.fast_bf16() and len(rows) >= 32
+    return torch.bfloat16 if quick and block <= 128 else torch.float32
+
+
+register(Kernel("linear", "cpu_dequant", Needs(devices=("cpu",)), linear, priority=10))
