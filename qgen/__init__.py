@@ -18,26 +18,37 @@ if (
 ):
     __path__.append(str(_here.parent))
 
+from qgen.demo import register as _register_demo  # noqa: E402 (after the path is complete)
+from qgen.io.hub import install as _install  # noqa: E402
+
+_register_demo()
+_install()
+
 if TYPE_CHECKING:
     from qgen import recipes as recipes
     from qgen.demo import demo_pipeline as demo_pipeline
     from qgen.engine import prepare as prepare
     from qgen.engine import quantize as quantize
     from qgen.eval.evaluate import evaluate as evaluate
+    from qgen.io.checkpoint import load as load
+    from qgen.io.checkpoint import save as save
+    from qgen.io.config import QGenConfig as QGenConfig
+    from qgen.nn.lora import fuse_lora as fuse_lora
+    from qgen.nn.lora import unfuse_lora as unfuse_lora
     from qgen.recipe import Recipe as Recipe
     from qgen.recipe import Rule as Rule
     from qgen.recipe import Spec as Spec
-    from qgen.report import report as report
-    from qgen.summary import summary as summary
+    from qgen.show.report import report as report
+    from qgen.show.summary import summary as summary
 
 _PUBLIC = {
     "quantize": "qgen.engine",
     "prepare": "qgen.engine",
     "save": "qgen.io.checkpoint",
     "load": "qgen.io.checkpoint",
-    "QGenConfig": "qgen.io.hub",
-    "summary": "qgen.summary",
-    "report": "qgen.report",
+    "QGenConfig": "qgen.io.config",
+    "summary": "qgen.show.summary",
+    "report": "qgen.show.report",
     "Recipe": "qgen.recipe",
     "Rule": "qgen.recipe",
     "Spec": "qgen.recipe",

@@ -29,9 +29,9 @@ LAYERS = (
     ("nn", "calibration"),
     ("methods", "probe", "models", "checks"),
     ("io", "train", "allocate", "waves", "recipes", "resume"),
-    ("engine",),
+    ("engine", "show", "emoji_pipeline", "demo"),
     ("qgen",),
-    ("nodes", "demos", "demo", "emoji_pipeline", "eval", "cli", "__main__"),
+    ("nodes", "demos", "eval", "cli", "__main__"),
 )
 RANK = {part: rank for rank, line in enumerate(LAYERS) for part in line}
 
@@ -45,6 +45,7 @@ HEAVY = {
 # … but for these files, which themselves are imported inside functions only, or run as programs.
 LAZY = {
     "kernels/triton_*.py": {"triton"},
+    "kernels/gluon_*.py": {"triton"},
     "kernels/*bench*.py": {"triton", "matplotlib"},
     "kernels/*aot*.py": {"triton"},
     "qgen/emoji_pipeline.py": {"diffusers"},

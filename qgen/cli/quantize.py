@@ -1,0 +1,74 @@
+"""`qgen quantize MODEL --recipe … --out …`: loads, quantizes, saves, and writes the report into the same folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def quantize(
+    ctx: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="Folder of a pipeline, diffusers or transformers; a hub id; or the word demo.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the quantized model and report.html.")],
+    recipe: Annotated[str, typer.Option(help="Name (see `qgen recipes`) or a recipe's .json file.")] = "auto",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with one calibration prompt per line; default: a built-in set.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibrate with at most so many prompts.")] = 128,
+    keep: Annotated[int, typer.Option(min=1, help="Denoiser calls kept per prompt.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps while calibrating; default: the pipeline's own.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Keep layers whose path matches this glob in float; repeatable.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="For calibration statistics, such as 2GiB; less means more replays.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for progress: the same command goes on from there.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto keeps what the files hold.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of noise while calibrating, and of methods' random numbers.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write into --out though it is not empty.")] = False,
+) -> None:
+    """Quantize a model's denoisers to 4 bits, save it, and write a report."""
+    from rich.console import Console
+
+    from qgen.calibration.record import Recorder
+    from qgen.checks import parse_bytes
+    from qgen.cli.common import claim, device_of, load, note, own_prompts, read_prompts, read_recipe, typed
+    from qgen.engine import quantize as run
+    from qgen.io.checkpoint import save
+    from qgen.show.report import report
+    from qgen.show.rows import gather
+    from qgen.show.summary import table
+
+    claim(out, force)
+    chosen = read_recipe(recipe, device_of(device)).skip(*skip or ())
+    given = read_prompts(prompts)
+    if memory is not None:
+        parse_bytes(memory)
+    again = (
+        f"; the same command goes on from {checkpoint}"
+        if checkpoint
+        else "; with --checkpoint DIR the same command can go on"
+    )
+    ctx.meta["qgen.resume"] = again
+    pipe = load(model, dtype, device)
+    given = given or own_prompts(pipe, "calibration")
+    specs = [chosen.default, *(rule.spec for rule in chosen.rules)]
+    calibrate = hasattr(pipe, "components") and any(spec.methods for spec in specs if spec)
+    note(f"quantizing {type(pipe).__name__} with {chosen.name}")
+    run(
+        pipe, chosen, prompts=given, call_kwargs={"num_inference_steps": steps} if steps else None, memory=memory, checkpoint=checkpoint,
+        calibration=Recorder(samples, keep) if calibrate else None, seed=seed,
+    )  # fmt: skip
+    save(pipe, out)
+    page = report(pipe, out / "report.html", commands=[typed(ctx)])
+    console = Console()
+    console.print(table(gather(pipe), console.width))
+    typer.echo(f"saved {out}, report {page}")
