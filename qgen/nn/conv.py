@@ -14,6 +14,10 @@ from qgen.site import Draft
 class QuantConv2d(Packed, nn.Conv2d):
     """A packed `nn.Conv2d` with one group and zero padding: x (B, C, H, W) to (B, N, H', W') in x's dtype."""
 
+    def __new__(cls, like=None, *args, **kwargs):
+        # peft makes the convolutions of an adapter by type(layer)(channels, …): those are ordinary ones.
+        return nn.Conv2d(like, *args, **kwargs) if isinstance(like, int) else super().__new__(cls)
+
     def __init__(self, like: nn.Conv2d, layout: Layout, dtype: torch.dtype, device: str = "meta"):
         """An empty layer with the geometry of `like`. ValueError for grouped or non-zero-padded convolutions."""
         if like.groups != 1 or like.padding_mode != "zeros" or isinstance(like.padding, str):

@@ -32,7 +32,9 @@ def fuse_lora(x: Any) -> Any:
     """
     found = [(layer, names) for layer in _adapted(x) if (names := _active(layer))]
     if not found:
-        raise ValueError(f"{type(x).__name__} has no active LoRA to fuse: call load_lora_weights (and set_adapters) first")
+        raise ValueError(
+            f"{type(x).__name__} has no active LoRA to fuse: call load_lora_weights (and set_adapters) first"
+        )
     for layer, names in found:
         _refuse_variants(layer, names)
     for layer, names in found:
@@ -75,9 +77,9 @@ def unfuse_lora(x: Any) -> Any:
 
 def _modules(x: Any) -> Iterator[nn.Module]:
     """All modules of a module, or of a pipeline's components."""
-    parts = [x] if isinstance(x, nn.Module) else [part for part in getattr(x, "components", {}).values() if isinstance(part, nn.Module)]
-    for part in parts:
-        yield from part.modules()
+    for part in [x] if isinstance(x, nn.Module) else getattr(x, "components", {}).values():
+        if isinstance(part, nn.Module):
+            yield from part.modules()
 
 
 def _adapted(x: Any) -> Iterator[Any]:
@@ -100,17 +102,20 @@ def _refuse_variants(layer: Any, names: list[str]) -> None:
         odd = [kind for kind in ("use_dora", "lora_bias") if getattr(layer, kind, {}).get(name)]
         odd += [type(v).__name__ for key, v in getattr(layer, "lora_variant", {}).items() if key == name]
         if odd:
-            raise ValueError(f"adapter {name!r} is no plain LoRA ({', '.join(odd)}) and cannot be fused; use it unfused")
+            raise ValueError(
+                f"adapter {name!r} is no plain LoRA ({', '.join(odd)}) and cannot be fused; use it unfused"
+            )
 
 
 def _factors(layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
     """A (R, K) and s B (N, R) of all named adapters, float32, of like magnitude so that 16 bits hold both well."""
     downs, ups = [], []
     for name in names:
-        a, b = layer.lora_A[name].weight.detach().float().flatten(1), layer.lora_B[name].weight.detach().float().flatten(1)
-        b = b * layer.scaling[name]
+        a = layer.lora_A[name].weight.detach().float().flatten(1)
+        b = layer.lora_B[name].weight.detach().float().flatten(1) * layer.scaling[name]
         top_a, top_b = float(a.abs().max()), float(b.abs().max())
-        balance = 2.0 ** round(math.log2(top_b / top_a) / 2) if top_a and top_b else 1.0  # a power of two: rounds nothing
+        # A power of two rounds nothing.
+        balance = 2.0 ** round(math.log2(top_b / top_a) / 2) if top_a and top_b else 1.0
         downs.append(a * balance)
         ups.append(b / balance)
     return torch.cat(downs), torch.cat(ups, 1)

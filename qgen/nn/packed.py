@@ -1,8 +1,8 @@
 """What every quantized layer shares: packed parameters, the choice of a kernel, canonical bytes in `state_dict`.
 
 Parameters are `nn.Parameter(requires_grad=False)`, so that offloading hooks move them. `state_dict` always holds the canonical layout;
-in memory they may be packed for the chosen kernel. All slots but the bias keep their dtype through `.to(dtype)`: a cast would change numbers.
-The layer looks like `nn.Linear` / `nn.Conv2d` to LoRA loaders: `weight` is a placeholder of the right shape that takes no memory.
+in memory they may be packed for the chosen kernel. All slots but the bias keep their dtype through `.to(dtype)`: a cast would change
+numbers. The layer looks like `nn.Linear` / `nn.Conv2d` to LoRA loaders: `weight` is a placeholder of the right shape that takes no memory.
 """
 
 __all__ = ["Layout", "Packed", "Placeholder"]
@@ -25,6 +25,8 @@ class Placeholder(Tensor):
 
     Without this a LoRA merged "safely" into the placeholder would be lost without a word.
     """
+
+    _is_hf_initialized = True  # transformers' initializers pass over it
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -56,7 +58,7 @@ class Packed(nn.Module):
         self.kernel, self._ask = None, None
         self.fused_from: int | None = None  # rank before a LoRA was fused into the low-rank branch; None = nothing fused
         self.shows_weight = True  # whether `state_dict` lists the placeholder
-        for slot in SLOTS:
+        for slot in ("bias", *SLOTS):  # the bias first: models read the dtype of a part off its first parameter (Wan's time embedder)
             self.register_parameter(slot, None)
 
     # -- what LoRA loaders and schedulers of memory look at ------------------------------------------------------------
@@ -129,11 +131,11 @@ class Packed(nn.Module):
         )
 
     def serves(self, kernel: str) -> str | None:
-        """`kernel` if it can serve this layer as it is now, else None: `prepare(layer.serves(old))` stays with a kernel where possible."""
+        """`kernel` if it can serve this layer as it is now, else None: `prepare(layer.serves(old))` keeps a kernel where it can."""
         return None if registry.find("linear", kernel).needs.refusals(self.ask()) else kernel
 
     def prepare(self, kernel: str | None = None) -> str:
-        """Chooses a kernel for the current device (or takes `kernel`), packs for it, and returns its name. NoKernel with reasons if none."""
+        """Chooses a kernel for this device (or takes `kernel`), packs for it, returns its name. NoKernel with reasons if none serves."""
         ask = self.ask()
         chosen = registry.choose(ask, kernel)
         slots = self.canonical()
