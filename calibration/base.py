@@ -49,10 +49,16 @@ class Call:
         yield from _walk("kwargs", self.kwargs)
 
     def run(self, module: nn.Module) -> Any:
-        """The module's output on this call, arguments moved to the module's device; they are never changed in place."""
+        """The module's output on this call, on copies of the arguments on the module's device: a module may write to its input."""
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        args, kwargs = _map(self.args, lambda t: t.to(device)), _map(self.kwargs, lambda t: t.to(device))
-        return module(*args, **kwargs)
+        copies: dict[int, Tensor] = {}  # what the call shares stays shared
+
+        def copied(t: Tensor) -> Tensor:
+            if id(t) not in copies:
+                copies[id(t)] = t.to(device, copy=True)
+            return copies[id(t)]
+
+        return module(*_map(self.args, copied), **_map(self.kwargs, copied))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ class Observer(Protocol):
 
     def nbytes(self, k: int) -> int: ...
 
+    @property
+    def empty(self) -> bool: ...
+
 
 class AbsMax:
     """Largest magnitude and mean magnitude of each column, (K,) float32, over the calls that are not held out."""
@@ -45,6 +48,10 @@ class AbsMax:
         self.count += count
 
     @property
+    def empty(self) -> bool:
+        return not self.count
+
+    @property
     def mean(self) -> Tensor:
         """Mean magnitude (K,) float32."""
         return (self.total / self.count).float()
@@ -65,7 +72,7 @@ class Gram:
             return
         x = x.float()
         if self.total is None:
-            self.total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.total = x.new_zeros(x.shape[1], x.shape[1])
         self.total.addmm_(x.T, x)
         self.count += len(x)
 
@@ -73,6 +80,10 @@ class Gram:
         if other.count:
             self.total = other.total.clone() if self.total is None else self.total + other.total
             self.count += other.count
+
+    @property
+    def empty(self) -> bool:
+        return not self.count
 
     @property
     def mean(self) -> Tensor:
@@ -97,7 +108,7 @@ class Reservoir:
     def update(self, x: Tensor, moment: Moment) -> None:
         word = hashlib.sha256(f"{self.seed}/{moment.sample}/{moment.step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
-        keys = torch.rand(len(x), generator=generator)
+        keys = torch.rand(len(x), generator=generator, dtype=torch.float64)  # 53 bits: no two rows share a key
         limit = self._limit(moment.held)
         if len(x) > limit:
             keys, index = keys.topk(limit, largest=False)
@@ -120,10 +131,15 @@ class Reservoir:
             x = x[index.to(x.device)]
         self._kept[held] = (keys, x)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no row that may be fitted was seen."""
+        return self._kept[False] is None
+
     def result(self, held: bool = False) -> Tensor | None:
         """Rows (M, K) float32 in the order of their keys, or None if none were seen."""
         kept = self._kept[held]
         return None if kept is None else kept[1][kept[0].argsort().to(kept[1].device)]
 
     def nbytes(self, k: int) -> int:
-        return int(self.rows * 1.25) * 4 * (k + 1)
+        return int(self.rows * 1.25) * (4 * k + 8)

@@ -1,4 +1,4 @@
-"""A small built-in prompt set for calibration: 128 captions composed from varied subjects, settings and styles. Our own words, Apache-2.0."""
+"""A small built-in prompt set for calibration: 128 captions composed from varied subjects, settings and styles, in our own words."""
 
 __all__ = ["PROMPTS"]
 

@@ -46,13 +46,15 @@ class Recorder:
         seed: int = 0,
         progress: Callable = lambda items, **_: items,
     ) -> dict[str, CalibrationSet]:
-        """Calls of each denoiser. ValueError for an empty list of prompts."""
+        """Calls of each denoiser. ValueError for an empty list of prompts, or a bare module that has nothing to draw with."""
+        if isinstance(pipe, nn.Module):
+            raise ValueError(f"{type(pipe).__name__} is no pipeline and cannot be driven by prompts: pass calibration=[...] with its calls")
         if prompts is not None and not len(prompts):
             raise ValueError("calibration needs at least one prompt, found none; leave out `prompts` for the built-in set")
         takes_prompt = "prompt" in inspect.signature(type(pipe).__call__).parameters
         if prompts is None:
             prompts = getattr(pipe, "calibration_prompts", None) or PROMPTS
-        prompts = list(prompts)[: self.samples]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)[: self.samples]
         batch = self.batch or (16 if sum(p.numel() for d in denoisers.values() for p in d.parameters()) < 1e8 else 1)
         runs = [prompts[i : i + batch] for i in range(0, len(prompts), batch)] if takes_prompt else [None]
         tapes = {name: _Tape(self.steps) for name in denoisers}
@@ -89,17 +91,19 @@ class _Tape:
 
     def __init__(self, steps: int):
         self.steps, self.run, self.calls = steps, [], []
-        self.store: dict[int, tuple[Tensor, Tensor]] = {}
+        self.store: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def listen(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.run.append(Call(_map(args, self._keep), _map(kwargs, self._keep), Moment(step=len(self.run), t=_timestep(module, args, kwargs))))
+        moment = Moment(step=len(self.run), t=_timestep(module, args, kwargs))
+        self.run.append(Call(_map(args, self._keep), _map(kwargs, self._keep), moment))
 
     def _keep(self, t: Tensor) -> Tensor:
-        """A CPU copy; the same tensor object (text embeddings, positions) is copied once per run."""
+        """A CPU copy; the same tensor object (text embeddings, positions) is copied once per run, unless it was written to."""
+        version = -len(self.run) if t.is_inference() else t._version  # inference tensors do not count writes
         known = self.store.get(id(t))
-        if known is None or known[0] is not t:
-            self.store[id(t)] = known = (t, t.detach().to("cpu", copy=True))
-        return known[1]
+        if known is None or known[0] is not t or known[1] != version:
+            self.store[id(t)] = known = (t, version, t.detach().to("cpu", copy=True))
+        return known[2]
 
     def rewind(self, sample: int) -> None:
         n = len(self.run)
@@ -167,7 +171,7 @@ def as_calls(given: Any) -> CalibrationSet:
 
 
 def save(calibration: CalibrationSet, path: str | Path) -> None:
-    """Writes recorded calls to one safetensors file; tensors that calls share are stored once. Arguments other than tensors must be JSON."""
+    """Writes recorded calls to one safetensors file; tensors that calls share are stored once. Other arguments must be JSON."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}

@@ -15,10 +15,12 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 2
 
 def refuse_quantized(module: nn.Module, name: str) -> None:
     """NotQuantizable if the module holds packed layers, or layers packed by another library."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, Packed):
+        raise NotQuantizable(f"a lone {type(module).__name__} cannot be replaced in place: pass its model, or nn.Sequential(layer)")
     for path, layer in module.named_modules():
         if isinstance(layer, Packed):
             raise NotQuantizable(f"{name or type(module).__name__} is quantized already (layer {path}); load the 16-bit model first")
-        if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not (layer.weight.is_floating_point() and layer.weight.itemsize > 1):
             raise NotQuantizable(f"{name or type(module).__name__}: layer {path} holds {layer.weight.dtype}, packed by another library")
 
 

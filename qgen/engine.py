@@ -6,8 +6,9 @@ disk) puts the float layers back, so that a pipe is either quantized as a whole 
 
 __all__ = ["prepare", "quantize"]
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qgen.calibration.base import CalibrationSet
 from qgen.calibration.record import Recorder, as_calls
 from qgen.checks import check_weights, parse_bytes, refuse_quantized
 from qgen.errors import NotQuantizable
+from qgen.io.hub import attach
 from qgen.methods.base import sqnr_db
 from qgen.models import adapter_for
 from qgen.nn import QuantConv2d, QuantLinear
@@ -73,23 +75,39 @@ def quantize(
     for name, module in denoisers.items():
         refuse_quantized(module, name)
         check_weights(module, name)
-    device = next(next(iter(denoisers.values())).parameters()).device
+    device = next((p.device for module in denoisers.values() for p in module.parameters()), torch.device("cpu"))
     resolved = _recipe(recipe, device)
     if keep := adapter.keep_float():
         resolved = resolved.skip(*keep, why=f"kept float in {type(adapter).__name__}")
     bar = bars(progress)
-    sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar, checkpoint)
-    jobs = [_Job.plan(name, module, resolved, sets.get(name), memory, seed) for name, module in denoisers.items()]
-    try:
-        for job in jobs:
-            job.run(bar, checkpoint)
-    except BaseException:
-        for job in jobs:
-            job.undo()
-        raise
-    for job in jobs:
-        job.finish()
+    with _evaluating(denoisers.values()):
+        sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar, checkpoint)
+        jobs = [_Job.plan(name, module, resolved, sets.get(name), memory, seed) for name, module in denoisers.items()]
+        try:
+            for job in jobs:
+                job.run(bar, checkpoint)
+            reports = [job.report() for job in jobs]
+        except BaseException:
+            for job in jobs:
+                job.undo()
+            raise
+    for job, rows in zip(jobs, reports, strict=True):
+        job.module.qgen_recipe, job.module.qgen_report = job.recipe, rows
+        attach(job.module, job.recipe)  # from here on `save_pretrained` writes packed layers
     return pipe_or_module
+
+
+@contextlib.contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Dropout off and running statistics left alone while calls are recorded and replayed; every module's mode is put back."""
+    before = {layer: layer.training for module in modules for layer in module.modules()}
+    try:
+        for layer in before:
+            layer.training = False
+        yield
+    finally:
+        for layer, mode in before.items():
+            layer.training = mode
 
 
 def prepare(x: Any, kernel: str | None = None) -> dict[str, int]:
@@ -137,7 +155,7 @@ class _Job:
         return cls(name, module, recipe, calls, plan(chosen, budget), kept, seed)
 
     def run(self, bar: Callable, checkpoint: str | Path | None) -> None:
-        journal = Journal.open(checkpoint, self.name, self.module, self.recipe, self.calls, self.seed) if checkpoint else None
+        journal = self._journal(checkpoint) if checkpoint else None
         self.outputs = _outputs(self.module, self.calls)
         label = self.name or type(self.module).__name__
         total = sum(len(wave.groups) for wave in self.waves)
@@ -159,8 +177,14 @@ class _Job:
                 if journal:
                     journal.write(number, {row["path"]: self.module.get_submodule(row["path"]) for row in done}, done)
 
+    def _journal(self, folder: str | Path) -> Journal:
+        waves = [[site.path for site in wave.sites] for wave in self.waves]
+        return Journal.open(folder, self.name, self.module, self.recipe, self.calls, self.seed, waves)
+
     def _solve(self, group: Group, stats: Stats) -> list[dict]:
-        draft, error = solve(self.module, group, stats, self.seed)
+        kind = self.module.get_submodule(group.sites[0].path).weight.device.type
+        with torch.autocast(kind, enabled=False):  # methods compute in float32, whatever the caller's context
+            draft, error = solve(self.module, group, stats, self.seed)
         made = []
         for index, site in enumerate(group.sites):
             old = self.module.get_submodule(site.path)
@@ -189,8 +213,10 @@ class _Job:
     def _install(self, path: str, new: Packed, row: dict) -> dict:
         row["kernel"] = new.prepare()
         new.train(False)
-        self.originals[path] = self.module.get_submodule(path)
-        _replace(self.module, path, new)
+        old = self.module.get_submodule(path)
+        for alias in [p for p, layer in self.module.named_modules(remove_duplicate=False) if layer is old]:  # shared layers have several
+            self.originals[alias] = old
+            _replace(self.module, alias, new)
         self.rows.append(row)
         return row
 
@@ -198,13 +224,13 @@ class _Job:
         for path, layer in self.originals.items():
             _replace(self.module, path, layer)
 
-    def finish(self) -> None:
+    def report(self) -> list[dict]:
+        """Rows of all layers in the model's order, and one for the whole."""
         order = {path: i for i, (path, _) in enumerate(self.module.named_modules())}
         rows = sorted([*self.rows, *self.kept], key=lambda row: order[row["path"]])
         if self.outputs:
             rows.append(_output_row(self.module, self.calls, self.outputs))
-        self.originals.clear()
-        self.module.qgen_recipe, self.module.qgen_report = self.recipe, rows
+        return rows
 
 
 def static_sites(module: nn.Module) -> list[Site]:

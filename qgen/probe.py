@@ -21,7 +21,7 @@ from qgen.site import Site
 
 def probe(module: nn.Module, call: Call) -> list[Site]:
     """Sites of `module` in execution order, from one run of `call`. NotQuantizable if it runs no linear or convolution layer."""
-    watch = _Watch(blocks_of(module))
+    watch = _Watch(blocks_of(module), min((t.shape[0] for _, t in call.tensors() if t.ndim > 1), default=0))
     hooks = []
     for path, child in module.named_modules():
         if isinstance(child, (nn.Linear, nn.Conv2d)) and not isinstance(child, Packed) and packable(child):
@@ -40,8 +40,8 @@ def probe(module: nn.Module, call: Call) -> list[Site]:
 
 
 class _Watch:
-    def __init__(self, blocks: Callable[[str], str]):
-        self.blocks = blocks
+    def __init__(self, blocks: Callable[[str], str], batch: int):
+        self.blocks, self.batch = blocks, batch  # batch: samples in the call, 0 = unknown
         self.sites: list[Site] = []
         self.seen: set[str] = set()
         self.inputs: dict[tuple, tuple[weakref.ref, str]] = {}
@@ -54,10 +54,12 @@ class _Watch:
             self.seen.add(path)
             x = args[0]
             conv = isinstance(layer, nn.Conv2d)
-            shares = _recall(self.inputs, x) or f"input{len(self.sites)}"
-            self.inputs[_key(x)] = (weakref.ref(x), shares)
+            way = _geometry(layer) if conv else ()  # one image unfolds into other rows for another kernel or stride
+            shares = _recall(self.inputs, x, way) or f"input{len(self.sites)}"
+            self.inputs[_key(x, way)] = (weakref.ref(x), shares)
             block = self.blocks(path)
-            rows = x.shape[-2] * x.shape[-1] if conv else x.numel() // max(1, x.shape[-1] * x.shape[0])
+            samples = self.batch or x.shape[0] if x.ndim == 2 else x.shape[0]  # (M, K): tokens of all samples, or one row for each
+            rows = x.shape[-2] * x.shape[-1] if conv else max(1, x.numel() // max(1, x.shape[-1] * samples))
             shape = (layer.weight.shape[0], layer.weight[0].numel())
             role = "vector" if rows == 1 and not conv else "inside" if block or not self.blocks.any else "outside"
             self.sites.append(
@@ -71,13 +73,17 @@ class _Watch:
             self.made[_key(output)] = (weakref.ref(output), type(module).__name__)
 
 
-def _key(x: Tensor) -> tuple:
-    return x.data_ptr(), tuple(x.shape), x._version
+def _key(x: Tensor, way: tuple = ()) -> tuple:
+    return x.data_ptr(), tuple(x.shape), x.stride(), 0 if x.is_inference() else x._version, way
 
 
-def _recall(table: dict[tuple, tuple[weakref.ref, str]], x: Tensor) -> str:
+def _geometry(conv: nn.Conv2d) -> tuple:
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation
+
+
+def _recall(table: dict[tuple, tuple[weakref.ref, str]], x: Tensor, way: tuple = ()) -> str:
     """The name stored for this memory while its tensor is alive, else ""."""
-    known = table.get(_key(x))
+    known = table.get(_key(x, way))
     return known[1] if known is not None and known[0]() is not None else ""
 
 

@@ -8,8 +8,9 @@ __all__ = ["Recipe", "Rule", "Spec"]
 
 import fnmatch
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from qgen import formats
 from qgen.errors import unknown
@@ -34,9 +35,9 @@ class Spec:
     share: bool = False
 
     def __post_init__(self):
-        for name in (self.weight, self.act):
-            if name:
-                formats.get(name)
+        formats.get(self.weight)
+        if self.act:
+            formats.get(self.act)
         if self.bins < 1:
             raise ValueError(f"a spec needs at least one timestep bin, found {self.bins}")
 
@@ -131,24 +132,45 @@ class Recipe:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"a recipe is JSON, and this is not: {error}") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"a recipe is a JSON object, found {type(data).__name__}")
         _check_keys(cls, data)
         rules = tuple(Rule.from_dict(r) for r in data.get("rules", ()))
         return cls(**{**data, "default": data.get("default") and Spec.from_dict(data["default"]), "rules": rules})
 
 
 def _method(data: dict) -> Any:
+    if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+        raise ValueError(f"a method is a JSON object with its name under 'method', found {data!r}")
     data = dict(data)
-    kind = methods[data.pop("method", "")]
+    kind = methods[data.pop("method")]
     if not is_dataclass(kind):
         raise TypeError(f"method {kind} must be a dataclass to live in a recipe")
     _check_keys(kind, data)
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
-def _check_keys(kind: type, data: dict) -> None:
-    known = [f.name for f in fields(kind)]
-    for key in data:
+def _check_keys(kind: type, data: Any) -> None:
+    """ValueError unless `data` is an object with the keys of the dataclass `kind`, each of its type. Files from strangers come this way."""
+    if not isinstance(data, dict):
+        raise ValueError(f"a {kind.__name__} is a JSON object, found {data!r}")
+    known, types = {f.name: f for f in fields(kind)}, get_type_hints(kind)
+    for key, value in data.items():
         if key not in known:
             raise ValueError(unknown(f"key of {kind.__name__}", key, known))
+        if not _fits(value, types[key]):
+            raise ValueError(f"{key} of {kind.__name__} is {getattr(types[key], '__name__', types[key])}, found {value!r}")
+    for key, f in known.items():
+        if key not in data and f.default is MISSING and f.default_factory is MISSING and key != "default":
+            raise ValueError(f"a {kind.__name__} needs the key {key!r}, found {', '.join(data) or 'none'}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value can stand for a field annotated with `kind`."""
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if is_dataclass(kind):
+        return isinstance(value, dict)
+    return isinstance(value, kind) if isinstance(kind, type) and kind is not Any else True

@@ -9,13 +9,14 @@ import torch
 from qgen.errors import unknown
 from qgen.methods.awq import AWQ
 from qgen.methods.bias import BiasCorrection
+from qgen.methods.clip import Clip
 from qgen.methods.gptq import GPTQ
 from qgen.methods.lowrank import LowRank
 from qgen.methods.reconstruct import Reconstruct
 from qgen.methods.smooth import Smooth
 from qgen.recipe import Recipe, Rule, Spec
 
-_SVDQUANT = (Smooth(), LowRank(32), GPTQ(), Reconstruct(), BiasCorrection())
+_SVDQUANT = (Smooth(), LowRank(32), Clip(), GPTQ(), Reconstruct(), BiasCorrection())
 _OUTSIDE = Rule("*", None, role="outside", why="embedder or head, outside the repeated blocks")
 _VECTOR = Rule("*", Spec("int4_g64", None), role="vector", why="one row per sample (time or modulation): 4-bit weights, 16-bit input")
 _NARROW = Rule("*", None, below=32, why="fewer than 32 inputs or outputs")

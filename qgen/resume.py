@@ -33,10 +33,22 @@ class Journal:
 
     @classmethod
     def open(
-        cls, folder: str | Path, name: str, module: nn.Module, recipe: Recipe, calls: CalibrationSet | None, seed: int
+        cls,
+        folder: str | Path,
+        name: str,
+        module: nn.Module,
+        recipe: Recipe,
+        calls: CalibrationSet | None,
+        seed: int,
+        waves: list[list[str]],
     ) -> "Journal":
-        """Starts a journal, or goes on with the one in `folder`. BadCheckpoint if that one belongs to another job."""
+        """Starts a journal, or goes on with the one in `folder`. BadCheckpoint if that one belongs to another job.
+
+        waves: paths of the layers of each wave; another memory budget cuts them otherwise, and files are numbered by wave.
+        """
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise BadCheckpoint(f"a checkpoint is a folder in which progress is kept, {folder} is a file")
         folder.mkdir(parents=True, exist_ok=True)
         parts = {
             "version": _VERSION,
@@ -44,6 +56,7 @@ class Journal:
             "recipe": hashlib.sha256(recipe.to_json().encode()).hexdigest(),
             "calibration": calls.digest() if calls else "",
             "seed": seed,
+            "waves (memory)": hashlib.sha256(json.dumps(waves).encode()).hexdigest(),
             "threads": torch.get_num_threads(),
         }
         path = folder / f"journal-{name or 'module'}.json"

@@ -115,13 +115,18 @@ class Draft:
         got = self.output(x) if self.bias is None else self.output(x) - self.bias
         return float((got - want).square().sum() / want.square().sum().clamp_min(1e-30))
 
+    def offset(self) -> Tensor | None:
+        """(N,) what is added to the float layer's bias: its correction, and the constant −Ŵ ((shift / smooth) H) that undoes `shift`."""
+        if self.shift is None:
+            return self.bias_fix
+        rows = torch.zeros(1, self.weight.shape[1], device=self.weight.device)
+        shifted = reference.transform_act(rows, self.k_padded, self.smooth, self.shift, self.hadamard)
+        undo = -(shifted @ self.rounded().qweight.dequantize().T)[0]
+        return undo if self.bias_fix is None else undo + self.bias_fix
+
     def folded_bias(self) -> Tensor | None:
-        """Bias (N,) with its correction and the constant that undoes `shift`: b + fix − Ŵ ((shift / smooth) H)."""
-        parts = [part for part in (self.bias, self.bias_fix) if part is not None]
-        if self.shift is not None:
-            rows = torch.zeros(1, self.weight.shape[1], device=self.weight.device)
-            offset = reference.transform_act(rows, self.k_padded, self.smooth, self.shift, self.hadamard)
-            parts.append(-(offset @ self.rounded().qweight.dequantize().T)[0])
+        """Bias (N,) of the finished layer, or None."""
+        parts = [part for part in (self.bias, self.offset()) if part is not None]
         return sum(parts[1:], parts[0]) if parts else None
 
     def stored(self, t: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, pro
     finally:
         for handle in hooks:
             handle.remove()
-    missing = [first[s].path for s, bank in observers.items() if "rows" in bank and bank["rows"].result() is None]
+    missing = [first[s].path for s, bank in observers.items() if any(o.empty for o in bank.values())]
     if missing:
         raise BadData(f"no calibration call that may be fitted reaches layer {missing[0]}: record more calls")
     return {shares: _stats(bank) for shares, bank in observers.items()}
@@ -167,7 +167,7 @@ def solve(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Dra
     if stats.judge is None:
         error = {"weight_sqnr_db": sqnr_db(_weight_error(draft))}
     else:
-        error = {"sqnr_db": sqnr_db(draft.error(stats.judge)), "sqnr_fit_db": sqnr_db(draft.error(stats.fit[:2048]))}
+        error = {"sqnr_db": sqnr_db(stats.judge.error(draft)), "sqnr_fit_db": sqnr_db(draft.error(stats.fit[:1024]))}
     return draft, error
 
 

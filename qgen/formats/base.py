@@ -13,6 +13,7 @@ __all__ = ["Element", "NumberFormat", "QTensor", "formats", "get", "padded"]
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class Element:
 
     def encode(self, x: Tensor) -> Tensor:
         """Values (…) to the nearest codes (…) uint8, ties to even, saturating. NaN becomes the code of the largest value."""
-        grid, mid, codes, even = _grid(self, x.device)
-        x = x.float()
+        _, mid, codes, even = _grid(self, x.device)
+        x = x.float().contiguous()
         low = torch.bucketize(x, mid)  # number of midpoints below x: ties stay low
         tie = (x == mid[low.clamp(max=len(mid) - 1)]) & (low < len(mid))
         index = low + (tie & ~even[low]).long()
@@ -75,12 +76,12 @@ def _grid(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Tenso
         if value == value:
             order.setdefault(value + 0.0, code)
     values = sorted(order)
-    mids = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
+    mids = [(a + b) / 2 for a, b in pairwise(values)]
     codes = [order[v] for v in values]
     even = [_wins_tie(element, v, c) for v, c in zip(values, codes, strict=True)]
     return (
-        torch.tensor(values, device=device),
-        torch.tensor(mids, device=device),
+        torch.tensor(values, dtype=torch.float32, device=device),
+        torch.tensor(mids, dtype=torch.float32, device=device),
         torch.tensor(codes, dtype=torch.uint8, device=device),
         torch.tensor(even, device=device),
     )

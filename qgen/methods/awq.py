@@ -24,7 +24,7 @@ class AWQ:
 
     name: ClassVar[str] = "awq"
     alphas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-    judge_rows: int = 512
+    judge_rows: int = 256
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows", "absmax"})

@@ -1,15 +1,43 @@
 """What a method is, what it may know, and the rule that a refinement stays only where it helps on calls that it was not fitted to."""
 
-__all__ = ["Method", "Stats", "best", "refine", "sqnr_db"]
+__all__ = ["Judge", "Method", "Stats", "best", "refine", "sqnr_db"]
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qgen.site import Draft, Site
+
+
+class Judge:
+    """Scores drafts of one weight on the same rows; the float output and the quantized inputs are computed once.
+
+    rows: (M, K) float32.
+    """
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+        self._want: tuple[Tensor, Tensor, float] | None = None
+        self._inputs: tuple[tuple, Tensor] | None = None
+
+    def error(self, draft: Draft) -> float:
+        """Squared error of the output, relative to the float output's energy (without bias), as `Draft.error`."""
+        if self._want is None or self._want[0] is not draft.weight:
+            want = self.rows @ draft.weight.T
+            self._want = (draft.weight, want, max(float(want.square().sum()), 1e-30))
+        key = (draft.smooth, draft.shift, draft.hadamard, draft.act)
+        if self._inputs is None or any(a is not b for a, b in zip(self._inputs[0], key, strict=True)):
+            self._inputs = (key, draft.inputs(self.rows))
+        got = torch.addmm(self._want[1], self._inputs[1], draft.rounded().qweight.dequantize().T, beta=-1)
+        if draft.up is not None:
+            got.addmm_(self.rows @ draft.down.T, draft.up.T)
+        if (extra := draft.offset()) is not None:
+            got += extra
+        return float(got.square_().sum()) / self._want[2]
 
 
 @dataclass(frozen=True)
@@ -18,6 +46,8 @@ class Stats:
 
     fit: (M, K) float32 rows of the calls that methods fit. held: rows of the calls held out. gram: (K, K) mean of x xᵀ over all fitted
     rows. absmax, absmean: (K,) over all fitted rows. seed: for the method's own random numbers.
+    judge: scores candidates, on the held-out rows, or on the fitted ones where nothing could be held out. cache: what methods computed for
+    this draft and want to find again.
     """
 
     fit: Tensor | None = None
@@ -26,11 +56,12 @@ class Stats:
     absmax: Tensor | None = None
     absmean: Tensor | None = None
     seed: int = 0
+    judge: Judge | None = field(init=False, default=None)
+    cache: dict = field(init=False, default_factory=dict, repr=False)
 
-    @property
-    def judge(self) -> Tensor | None:
-        """Rows on which candidates are compared: the held-out ones, or the fitted ones where nothing could be held out."""
-        return self.fit if self.held is None else self.held
+    def __post_init__(self):
+        rows = self.fit if self.held is None else self.held
+        object.__setattr__(self, "judge", None if rows is None else Judge(rows))
 
 
 class Method(Protocol):
@@ -52,15 +83,16 @@ class Method(Protocol):
 
 def refine(draft: Draft, stats: Stats) -> Draft:
     """Runs the methods of the draft's spec in order and rounds what is left. The log tells what each did to the held-out error."""
-    error = None
+    judge, error = stats.judge, None
     for method in draft.spec.methods:
         new = method.refine(draft, stats)
-        if stats.judge is None:
+        if judge is None:
             draft = new
             continue
+        new = new.rounded()
         if error is None and getattr(method, "optional", False):
-            error = draft.error(stats.judge)
-        after = new.error(stats.judge)
+            error = judge.error(draft)
+        after = judge.error(new)
         if getattr(method, "optional", False) and not after < error:
             draft = draft.noted(**{method.name: f"dropped (held-out error {error:.3g} -> {after:.3g})"})
         else:
@@ -68,17 +100,11 @@ def refine(draft: Draft, stats: Stats) -> Draft:
     return draft.rounded()
 
 
-def best(drafts: Iterable[Draft], rows: Tensor | None) -> Draft:
-    """The draft with the smallest output error on `rows` (the first of equals); the first one where there are no rows."""
-    first, *others = drafts
-    if rows is None:
-        return first
-    chosen, least = first, first.error(rows)
-    for draft in others:
-        error = draft.error(rows)
-        if error < least:
-            chosen, least = draft, error
-    return chosen
+def best(drafts: Iterable[Draft], judge: Judge | None) -> Draft:
+    """The draft with the smallest output error (the first of equals); the first one where there is no judge."""
+    if judge is None:
+        return next(iter(drafts))
+    return min(((judge.error(draft), i, draft) for i, draft in enumerate(drafts)), key=lambda scored: scored[:2])[2]
 
 
 def sqnr_db(error: float) -> float:

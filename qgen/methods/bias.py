@@ -26,7 +26,11 @@ class BiasCorrection:
         return frozenset({"rows"})
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:
-        draft = draft.rounded()
-        plain = draft.output(stats.fit) if draft.bias is None else draft.output(stats.fit) - draft.bias
-        mean = (plain - stats.fit @ draft.weight.T).mean(0)
+        draft = replace(draft.rounded(), bias_fix=None)
+        x, xq = stats.fit.mean(0), draft.inputs(stats.fit).mean(0)  # everything after the rounding of inputs is linear
+        mean = draft.qweight.dequantize() @ xq - draft.weight @ x
+        if draft.up is not None:
+            mean = mean + draft.up @ (draft.down @ x)
+        if (offset := draft.offset()) is not None:
+            mean = mean + offset
         return replace(draft, bias_fix=-mean)

@@ -26,7 +26,7 @@ class Clip:
 
     name: ClassVar[str] = "clip"
     optional: ClassVar[bool] = True
-    factors: tuple[float, ...] = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+    factors: tuple[float, ...] = (0.75, 0.8, 0.85, 0.9, 0.95)
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows", "gram"})

@@ -6,8 +6,9 @@ the one with the smallest error on held-out rows is kept. Columns are taken by d
 Frantar et al., 2022, https://arxiv.org/abs/2210.17323
 """
 
-__all__ = ["GPTQ", "gptq", "hessian"]
+__all__ = ["GPTQ", "Factor", "factor", "factorize", "gptq", "hessian", "round_with"]
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from qgen import formats
+from qgen.errors import BadData
 from qgen.formats import NumberFormat, QTensor, packing
 from qgen.kernels.reference import hadamard_blocks
-from qgen.methods.base import Stats, best
+from qgen.methods.base import Judge, Stats
 from qgen.recipe import methods
 from qgen.site import Draft, Site
 
@@ -27,25 +29,60 @@ from qgen.site import Draft, Site
 class GPTQ:
     """Lowers the output error on fitted rows; kept only where it lowers the error on held-out rows.
 
-    damps: candidates, as fractions of the mean diagonal of H. block: columns per lazy update.
+    damps: candidates, as fractions of the mean diagonal of H; a larger one is tried only while the held-out error exceeds the fitted one by
+    more than `gap` and falls. block: columns per lazy update.
     """
 
     name: ClassVar[str] = "gptq"
     optional: ClassVar[bool] = True
-    damps: tuple[float, ...] = (0.01, 0.1, 0.5)
+    damps: tuple[float, ...] = (0.02, 0.1, 0.5)
+    gap: float = 0.05
     block: int = 128
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows", "gram"})
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:
-        h, target, fmt = hessian(draft, stats), draft.target(), formats.get(draft.spec.weight)
-        drafts = [replace(draft, qweight=gptq(target, h, fmt, damp, draft.clip, self.block)).noted(damp=damp) for damp in self.damps]
-        return best(drafts, stats.judge)
+        target, fmt = draft.target(), formats.get(draft.spec.weight)
+        fitted = Judge(stats.fit[: len(stats.judge.rows)])
+        chosen, least = draft, math.inf
+        for damp in sorted(self.damps):
+            code = round_with(target, factor(draft, stats, damp), fmt, draft.clip, self.block)
+            rounded = replace(draft, qweight=code).noted(damp=damp)
+            error = stats.judge.error(rounded)
+            if not error < least:
+                break
+            chosen, least = rounded, error
+            if error < (1 + self.gap) * fitted.error(rounded):
+                break
+        return chosen
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H damped, as what column-wise rounding uses: `order` of the columns and U upper triangular with H⁻¹ = UᵀU in that order."""
+
+    order: Tensor
+    upper: Tensor
+
+
+def factor(draft: Draft, stats: Stats, damp: float) -> Factor:
+    """The factor of the draft's H at one damping, computed once per draft and input transform: K³ · 2 / 3 operations."""
+    key = ("factor", draft.smooth, draft.shift, draft.hadamard, damp)
+    if key not in stats.cache:
+        stats.cache[key] = factorize(hessian(draft, stats), damp)
+    return stats.cache[key]
 
 
 def hessian(draft: Draft, stats: Stats) -> Tensor:
     """H (Kp, Kp) float32 in the basis of the draft's target, activation rounding noise included."""
+    key = ("hessian", draft.smooth, draft.shift, draft.hadamard)
+    if key not in stats.cache:
+        stats.cache[key] = _hessian(draft, stats)
+    return stats.cache[key]
+
+
+def _hessian(draft: Draft, stats: Stats) -> Tensor:
     h = stats.gram
     if draft.smooth is not None:
         h = h / draft.smooth / draft.smooth[:, None]
@@ -74,47 +111,67 @@ def gptq(
 
     Returns a QTensor of `fmt`. Columns of zero diagonal are rounded to nearest.
     """
+    return round_with(weight, factorize(gram, damp), fmt, clip, block)
+
+
+def factorize(gram: Tensor, damp: float) -> Factor:
+    """Columns by descending diagonal; with P the reversal, P H P = L Lᵀ gives U = P L⁻¹ P, without forming H⁻¹."""
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    h = gram[order][:, order]
+    return Factor(order, _inverse_lower(cholesky(h.flip(0, 1), damp)).flip(0, 1))
+
+
+def round_with(weight: Tensor, factor: Factor, fmt: NumberFormat, clip: Tensor | float, block: int) -> QTensor:
+    """The rounding itself. Within a lazy block the columns lie contiguous, as rows of `local`."""
     base = fmt.quantize(weight, clip)
     n, k = weight.shape
-    diagonal = gram.diagonal()
-    mean = diagonal.mean().clamp_min(1e-30)
-    order = diagonal.argsort(descending=True, stable=True)
-    h = gram[order][:, order].clone()
-    h.diagonal().add_(damp * mean).clamp_min_(1e-6 * mean)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(_cholesky(h, mean)), upper=True)
-
+    order, upper = factor.order, factor.upper
     width = fmt.block or k
     group = (torch.arange(k, device=weight.device) // width)[order]
-    step = fmt.step(base.scales, base.global_scale).expand(n, k // width)[:, group]
-    zero = 0.0 if base.zero is None else base.zero.float()[:, group]
-    w, codes = weight[:, order].clone(), torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    step = fmt.step(base.scales, base.global_scale).expand(n, k // width).T.contiguous()[group]  # (K, N)
+    zero = None if base.zero is None else base.zero.float().T.contiguous()[group]
     inverse = torch.where(step > 0, 1 / step, 0.0)
+    w, codes = weight[:, order].clone(), torch.empty(k, n, dtype=torch.uint8, device=weight.device)
     for start in range(0, k, block):
         stop = min(start + block, k)
-        local = w[:, start:stop].T.contiguous()  # (columns, N): each column is contiguous
+        local = w[:, start:stop].T.contiguous()  # (columns, N)
         errors = torch.empty_like(local)
-        triangle = factor[start:stop, start:stop]
+        triangle = upper[start:stop, start:stop]
         for i in range(stop - start):
-            z = zero if isinstance(zero, float) else zero[:, start + i]
-            code = fmt.element.encode((local[i] - z) * inverse[:, start + i])
-            value = fmt.element.decode(code) * step[:, start + i] + z
-            codes[:, start + i] = code
-            errors[i] = (local[i] - value) / triangle[i, i]
+            j = start + i
+            codes[j] = fmt.element.encode((local[i] if zero is None else local[i] - zero[j]) * inverse[j])
+            value = fmt.element.decode(codes[j]) * step[j]
+            errors[i] = (local[i] - (value if zero is None else value + zero[j])) / triangle[i, i]
             if i + 1 < stop - start:
                 local[i + 1 :].sub_(torch.outer(triangle[i, i + 1 :], errors[i]))
-        w[:, stop:].sub_(errors.T @ factor[start:stop, stop:])
+        w[:, stop:].sub_(errors.T @ upper[start:stop, stop:])
     back = torch.empty_like(order)
     back[order] = torch.arange(k, device=order.device)
-    return replace(base, codes=packing.pack(codes[:, back].contiguous(), fmt.bits))
+    return replace(base, codes=packing.pack(codes[back].T.contiguous(), fmt.bits))
 
 
-def _cholesky(h: Tensor, mean: Tensor) -> Tensor:
-    """Lower Cholesky factor, with just as much more damping as rounding errors in h ask for."""
-    extra = 0.0
+def cholesky(h: Tensor, damp: float) -> Tensor:
+    """Lower Cholesky factor of h (K, K) with `damp` times its mean diagonal added, and just as much more as rounding errors ask for."""
+    mean = h.diagonal().mean().clamp_min(1e-30)
     while True:
-        factor, info = torch.linalg.cholesky_ex(h)
+        damped = h.clone()
+        damped.diagonal().add_(damp * mean)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if not int(info):
             return factor
-        extra = max(1e-4, extra * 10)
-        h = h.clone()
-        h.diagonal().add_(extra * mean)
+        if damp > 1e3:  # h is a second moment: nothing finite resists that much
+            raise BadData("the second moment of a layer's input holds NaN or infinity: its activations overflow float32 when squared")
+        damp = max(1e-4, damp * 10)
+
+
+def _inverse_lower(a: Tensor, leaf: int = 256) -> Tensor:
+    """Inverse of a lower triangular (K, K), by halves: K³ / 3 operations, all in matrix products."""
+    k = a.shape[0]
+    if k <= leaf:
+        return torch.linalg.solve_triangular(a, torch.eye(k, dtype=a.dtype, device=a.device), upper=False)
+    half = k // 2
+    out = torch.zeros_like(a)
+    out[:half, :half] = _inverse_lower(a[:half, :half], leaf)
+    out[half:, half:] = _inverse_lower(a[half:, half:], leaf)
+    out[half:, :half] = -out[half:, half:] @ (a[half:, :half] @ out[:half, :half])
+    return out

@@ -13,7 +13,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qgen import formats
 from qgen.methods.base import Stats
 from qgen.recipe import methods
 from qgen.site import Draft, Site
@@ -24,12 +23,13 @@ from qgen.site import Draft, Site
 class LowRank:
     """Lowers the squared error of the weight; refits lower the output error on held-out rows.
 
-    rank: R, capped at a quarter of the smaller side. rounds: refits at most.
+    rank: R, capped at a quarter of the smaller side. rounds: refits at most. iterations: power iterations of the SVD.
     """
 
     name: ClassVar[str] = "lowrank"
     rank: int = 32
-    rounds: int = 5
+    rounds: int = 3
+    iterations: int = 4
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows"} if self.rounds else ())
@@ -40,15 +40,14 @@ class LowRank:
             return draft
         base = replace(draft, down=None, up=None, qweight=None)
         target = base.target()
-        chosen = with_branch(base, *low_rank(target, rank, stats.seed))
-        if stats.judge is None:
+        chosen = with_branch(base, *low_rank(target, rank, stats.seed, self.iterations)).rounded()
+        if stats.judge is None or not self.rounds:
             return chosen
-        fmt, least = formats.get(draft.spec.weight), chosen.error(stats.judge)
-        current = chosen
+        least, current = stats.judge.error(chosen), chosen
         for round in range(self.rounds):
-            lost = target - fmt.fake(current.target(), draft.clip)
-            current = with_branch(base, *low_rank(lost, rank, stats.seed + round + 1))
-            error = current.error(stats.judge)
+            lost = target - current.qweight.dequantize()
+            current = with_branch(base, *low_rank(lost, rank, stats.seed + round + 1, self.iterations)).rounded()
+            error = stats.judge.error(current)
             if not error < least:
                 break
             chosen, least = current, error

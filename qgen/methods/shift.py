@@ -17,7 +17,7 @@ from qgen.methods.base import Stats
 from qgen.recipe import methods
 from qgen.site import Draft, Site
 
-BOUNDS = {"GELU": 0.171875, "SiLU": 0.2734375, "SwiGLU": 0.0}
+BOUNDS = {"GELU": 0.171875, "SiLU": 0.2734375}  # gated ones (GEGLU, SwiGLU) have no bound: their fitted minimum is taken
 
 
 @methods.register("shift")

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qgen.methods.base import Stats, best
+from qgen.methods.base import Judge, Stats, best
 from qgen.methods.lowrank import LowRank
 from qgen.recipe import methods
 from qgen.site import Draft, Site
@@ -29,7 +29,7 @@ class Smooth:
 
     name: ClassVar[str] = "smooth"
     alphas: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.75)
-    judge_rows: int = 512
+    judge_rows: int = 256
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows", "absmax"})
@@ -50,13 +50,13 @@ def factors(x: Tensor, w: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def search(draft: Draft, stats: Stats, rows: int, candidates: list[Tensor]) -> Draft:
-    """The candidate smoothing with the smallest error on the judge's rows, scored with the recipe's own low-rank step (no refits)."""
-    branch = next((replace(m, rounds=0) for m in draft.spec.methods if isinstance(m, LowRank)), None)
-    judge = None if stats.judge is None else stats.judge[:rows]
+    """The candidate smoothing with the smallest error on the judge's rows, scored with the recipe's own low-rank step in its quick form."""
+    branch = next((replace(m, rounds=0, iterations=1) for m in draft.spec.methods if isinstance(m, LowRank)), None)
+    judge = Judge(stats.judge.rows[:rows])
 
     def scored(smooth: Tensor | None) -> Draft:
         trial = replace(draft, smooth=None if smooth is None else draft.stored(smooth), qweight=None)
-        return trial if branch is None else branch.refine(trial, replace(stats, fit=None, held=None))
+        return trial if branch is None else branch.refine(trial, stats)
 
-    chosen = best([scored(s) for s in (None, *candidates)], judge)
+    chosen = best(map(scored, (None, *candidates)), judge)
     return replace(chosen, down=None, up=None, qweight=None)
