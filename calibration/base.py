@@ -7,7 +7,7 @@ fit and calls that are held out: a method may only be kept where it helps on pro
 __all__ = ["CalibrationSet", "Calibrator", "Call", "Moment"]
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -71,7 +71,9 @@ class CalibrationSet:
     def check(self) -> None:
         """BadData if there are no calls, or if any argument holds NaN or infinity (names the call and the argument)."""
         if not self.calls:
-            raise BadData("calibration holds no calls: record at least one, or use a recipe that needs none (e.g. 'rtn-int4')")
+            raise BadData(
+                "calibration holds no calls: record at least one, or use a recipe that needs none (e.g. 'rtn-int4')"
+            )
         for number, call in enumerate(self.calls):
             for name, tensor in call.tensors():
                 if tensor.is_floating_point() and not _maskish(name) and not bool(torch.isfinite(tensor).all()):
@@ -126,7 +128,7 @@ def _walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _walk(f"{name}.{i}", item)
 
 
-def _map(value: Any, fn) -> Any:
+def _map(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     """`value` with `fn` applied to every tensor in nested tuples, lists and dicts; other objects pass through."""
     if isinstance(value, Tensor):
         return fn(value)

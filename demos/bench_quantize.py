@@ -137,7 +137,9 @@ def main() -> None:
     print(f"  time                     {seconds:8.1f} s")
     for name, value in result["clock"].items():
         print(f"    {name:<22} {value:8.1f} s")
-    print(f"  peak above loaded model  {(top - loaded) / 1e6:8.0f} MB = {result['peak_above_model']:.2f} x the 16-bit model")
+    print(
+        f"  peak above loaded model  {(top - loaded) / 1e6:8.0f} MB = {result['peak_above_model']:.2f} x the 16-bit model"
+    )
     print(f"  on disk                  {disk / 1e6:8.1f} MB = {result['disk_ratio']:.4f} of 16 bits")
     print(f"  output SQNR              {output:8.2f} dB on held-out calls")
     if options.json:

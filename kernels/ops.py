@@ -38,14 +38,19 @@ _library.define(
 
 def _linear(x: Tensor, *args, kernel: str | None = None) -> Tensor:
     *args, name = args if kernel is None else (*args, kernel)
-    return registry.find("linear", name).run(x, *args)
+    run = registry.find("linear", name).run
+    if torch.is_autocast_enabled(x.device.type):  # a kernel chooses its own precision
+        with torch.autocast(x.device.type, enabled=False):
+            return run(x, *args)
+    return run(x, *args)
 
 
 def _linear_grad(dy: Tensor, *args) -> Tensor:
     from qgen.kernels import reference
 
     *args, name = args
-    return reference.linear_grad(dy, *args, name)
+    with torch.autocast(dy.device.type, enabled=False):
+        return reference.linear_grad(dy, *args, name)
 
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")

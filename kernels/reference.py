@@ -66,7 +66,15 @@ def linear_grad(
 ) -> Tensor:
     """Gradient (…, K) of `linear` with respect to x, straight through the rounding of activations."""
     ask = Ask("linear", dy.device.type, weight_format, n=dy.shape[-1], k=k)
-    slots = {"codes": codes, "scales": scales, "global_scale": global_scale, "zero": zero, "smooth": smooth, "down": down, "up": up}
+    slots = {
+        "codes": codes,
+        "scales": scales,
+        "global_scale": global_scale,
+        "zero": zero,
+        "smooth": smooth,
+        "down": down,
+        "up": up,
+    }
     slots = find("linear", kernel).unpack({name: t for name, t in slots.items() if t is not None}, ask)
     w = weight(slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), weight_format)
     dx = dy.float() @ w
@@ -80,7 +88,9 @@ def linear_grad(
     return dx.to(dy.dtype)
 
 
-def weight(codes: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None, weight_format: str) -> Tensor:
+def weight(
+    codes: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None, weight_format: str
+) -> Tensor:
     """Dequantized weight (N, Kp) float32 from canonical tensors."""
     return QTensor(codes, scales, global_scale, zero, weight_format).dequantize()
 
@@ -103,7 +113,13 @@ def quantize_act(x: Tensor, act: str, act_scale: Tensor | None = None) -> QTenso
     like = None
     if act_scale is not None:
         groups = fmt.blocks(x).shape[:-1]
-        like = QTensor(x, act_scale.float().expand(groups), None, torch.zeros(groups, device=x.device) if fmt.zero_point else None, act)
+        like = QTensor(
+            x,
+            act_scale.float().expand(groups),
+            None,
+            torch.zeros(groups, device=x.device) if fmt.zero_point else None,
+            act,
+        )
     return fmt.quantize(x, like=like, reciprocal=True)
 
 

@@ -43,7 +43,8 @@ class Ask:
     traits: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        arch = "" if self.capability is None else f" {self.capability if isinstance(self.capability, str) else 'sm_%d%d' % self.capability}"
+        found = self.capability
+        arch = "" if found is None else f" {found}" if isinstance(found, str) else f" sm_{found[0]}{found[1]}"
         formats = f"{self.weight} x {self.act or 'float'}"
         return f"{self.op}({formats}, K={self.k}, N={self.n}, {str(self.dtype)[6:]}) on {self.device}{arch}"
 
@@ -72,7 +73,8 @@ class Needs:
         elif self.capability and isinstance(ask.capability, tuple):
             low, high = self.capability
             if not low <= ask.capability <= high:
-                why.append("needs capability %d.%d to %d.%d, found %d.%d" % (*low, *high, *ask.capability))
+                bounds = [f"{major}.{minor}" for major, minor in (low, high, ask.capability)]
+                why.append(f"needs capability {bounds[0]} to {bounds[1]}, found {bounds[2]}")
         elif self.archs and isinstance(ask.capability, str) and ask.capability not in self.archs:
             why.append(f"serves {'/'.join(self.archs)}, found {ask.capability}")
         if self.weights and ask.weight not in self.weights:
@@ -81,7 +83,11 @@ class Needs:
             why.append(f"serves activations in {'/'.join(a or 'float' for a in self.acts)}, asked {ask.act or 'float'}")
         if self.dtypes and ask.dtype not in self.dtypes:
             why.append(f"serves {'/'.join(str(d)[6:] for d in self.dtypes)}, asked {str(ask.dtype)[6:]}")
-        for name, value, multiple in (("K", ask.k, self.k_multiple), ("N", ask.n, self.n_multiple), ("rank", ask.rank, self.rank_multiple)):
+        for name, value, multiple in (
+            ("K", ask.k, self.k_multiple),
+            ("N", ask.n, self.n_multiple),
+            ("rank", ask.rank, self.rank_multiple),
+        ):
             if value % multiple:
                 why.append(f"needs {name} divisible by {multiple}, found {value}")
         if self.refuses & ask.traits:
@@ -121,7 +127,9 @@ def find(op: str, name: str) -> Kernel:
     """The kernel `name` of `op`; ValueError listing the op's kernels if there is none."""
     key = f"{op}/{name}"
     if key not in kernels:
-        raise ValueError(unknown(f"kernel of {op}", name, [k.partition("/")[2] for k in kernels if k.startswith(op + "/")]))
+        raise ValueError(
+            unknown(f"kernel of {op}", name, [k.partition("/")[2] for k in kernels if k.startswith(op + "/")])
+        )
     return kernels[key]
 
 

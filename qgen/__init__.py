@@ -65,6 +65,8 @@ __all__ = [*_PUBLIC, "recipes"]
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name == "calibration":
+        importlib.import_module("qgen.engine")  # hangs record, save and load on the package
     if name in _MODULES:
         return importlib.import_module(f"qgen.{name}")
     if name == "__version__":

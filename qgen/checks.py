@@ -16,21 +16,37 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 2
 def refuse_quantized(module: nn.Module, name: str) -> None:
     """NotQuantizable if the module holds packed layers, or layers packed by another library."""
     if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, Packed):
-        raise NotQuantizable(f"a lone {type(module).__name__} cannot be replaced in place: pass its model, or nn.Sequential(layer)")
+        raise NotQuantizable(
+            f"a lone {type(module).__name__} cannot be replaced in place: pass its model, or nn.Sequential(layer)"
+        )
     for path, layer in module.named_modules():
         if isinstance(layer, Packed):
-            raise NotQuantizable(f"{name or type(module).__name__} is quantized already (layer {path}); load the 16-bit model first")
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not (layer.weight.is_floating_point() and layer.weight.itemsize > 1):
-            raise NotQuantizable(f"{name or type(module).__name__}: layer {path} holds {layer.weight.dtype}, packed by another library")
+            raise NotQuantizable(
+                f"{name or type(module).__name__} is quantized already (layer {path}); load the 16-bit model first"
+            )
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not (
+            layer.weight.is_floating_point() and layer.weight.itemsize > 1
+        ):
+            raise NotQuantizable(
+                f"{name or type(module).__name__}: layer {path} holds {layer.weight.dtype}, packed by another library"
+            )
 
 
 def check_weights(module: nn.Module, name: str) -> None:
     """BadData naming the first parameter that holds NaN or infinity, or that is on the meta device."""
     for path, p in module.named_parameters():
         if p.device.type == "meta":
-            raise BadData(f"{name or type(module).__name__}: parameter {path} has no data (meta device); load the weights first")
-        if p.is_floating_point() and not bool(torch.isfinite(p.detach().sum(dtype=torch.float32))) and not torch.isfinite(p).all():
-            raise BadData(f"{name or type(module).__name__}: parameter {path} holds NaN or infinity; the weights are broken")
+            raise BadData(
+                f"{name or type(module).__name__}: parameter {path} has no data (meta device); load the weights first"
+            )
+        if (
+            p.is_floating_point()
+            and not bool(torch.isfinite(p.detach().sum(dtype=torch.float32)))
+            and not torch.isfinite(p).all()
+        ):
+            raise BadData(
+                f"{name or type(module).__name__}: parameter {path} holds NaN or infinity; the weights are broken"
+            )
 
 
 def parse_bytes(text: int | str) -> int:

@@ -15,17 +15,15 @@ or when diffusers is first imported, so that neither library is imported early a
 from __future__ import annotations
 
 import hashlib
-import importlib.abc
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qgen.errors import QgenError
+from qgen.onimport import when_imported
 
 if TYPE_CHECKING:
     from qgen.emoji_pipeline import EmojiPixArtPipeline
@@ -88,10 +86,7 @@ def demo_prompts(split: str) -> list[str]:
 
 def register() -> None:
     """Lets diffusers find the demo's pipeline class by name; imports nothing and may be called any number of times."""
-    if "diffusers" in sys.modules:
-        _offer(sys.modules["diffusers"])
-    elif not any(isinstance(finder, _OnDiffusers) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OnDiffusers())
+    when_imported("diffusers", _offer)
 
 
 def _pipeline_class() -> type[EmojiPixArtPipeline]:
@@ -106,8 +101,9 @@ def _fraction(salt: str, text: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _offer(diffusers: ModuleType) -> None:
-    """Adds our class name to the module's attributes; every other name goes on to whoever answered before."""
+def _offer() -> None:
+    """Adds our class name to diffusers' attributes; every other name goes on to whoever answered before."""
+    diffusers = sys.modules["diffusers"]  # diffusers replaces itself by a lazy module while it is imported
     before = diffusers.__dict__.get("__getattr__")
     if getattr(before, "offers", None) == CLASS_NAME:
         return
@@ -121,33 +117,3 @@ def _offer(diffusers: ModuleType) -> None:
 
     __getattr__.offers = CLASS_NAME  # type: ignore[attr-defined]
     diffusers.__dict__["__getattr__"] = __getattr__
-
-
-class _OnDiffusers(importlib.abc.MetaPathFinder):
-    """Waits for the first import of diffusers, calls `_offer` right after it, and leaves."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> Any:
-        if fullname != "diffusers":
-            return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenOffer(spec.loader)
-        return spec
-
-
-class _ThenOffer(importlib.abc.Loader):
-    """diffusers' own loader, followed by `_offer`."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: Any) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader  # from here on as if we had not been there
-        self.loader.exec_module(module)
-        # diffusers replaces itself in sys.modules by a lazy module while it is imported.
-        _offer(sys.modules[module.__name__])

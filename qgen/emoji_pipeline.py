@@ -37,6 +37,13 @@ class EmojiPixArtPipeline(PixArtSigmaPipeline):
     pipeline keeps its defaults.
     """
 
+    @property
+    def calibration_prompts(self) -> list[str]:
+        """What `qgen.quantize` draws while calibrating, unless told otherwise: the model knows no other words."""
+        from qgen.demo import demo_prompts
+
+        return demo_prompts("calibration")
+
     @functools.wraps(PixArtSigmaPipeline.__call__)
     def __call__(self, *args, **options):
         asked = inspect.signature(super().__call__).bind_partial(*args, **options)

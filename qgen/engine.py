@@ -4,10 +4,11 @@ Everything that can be refused is refused before the first layer is swapped; wha
 disk) puts the float layers back, so that a pipe is either quantized as a whole or as it was.
 """
 
-__all__ = ["prepare", "quantize"]
+__all__ = ["prepare", "quantize", "record"]
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 from qgen import recipes
 from qgen.calibration.base import CalibrationSet
-from qgen.calibration.record import Recorder, as_calls
+from qgen.calibration.recorder import Recorder, as_calls
 from qgen.checks import check_weights, parse_bytes, refuse_quantized
 from qgen.errors import NotQuantizable
 from qgen.io.hub import attach
@@ -26,7 +27,7 @@ from qgen.methods.base import sqnr_db
 from qgen.models import adapter_for
 from qgen.nn import QuantConv2d, QuantLinear
 from qgen.nn.packed import Packed
-from qgen.probe import probe
+from qgen.probe import probe, static_sites
 from qgen.progress import bars
 from qgen.recipe import Recipe, Spec
 from qgen.resume import Journal
@@ -81,7 +82,7 @@ def quantize(
         resolved = resolved.skip(*keep, why=f"kept float in {type(adapter).__name__}")
     bar = bars(progress)
     with _evaluating(denoisers.values()):
-        sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar, checkpoint)
+        sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar)
         jobs = [_Job.plan(name, module, resolved, sets.get(name), memory, seed) for name, module in denoisers.items()]
         try:
             for job in jobs:
@@ -92,9 +93,32 @@ def quantize(
                 job.undo()
             raise
     for job, rows in zip(jobs, reports, strict=True):
-        job.module.qgen_recipe, job.module.qgen_report = job.recipe, rows
+        job.module.__dict__.update(qgen_recipe=job.recipe, qgen_report=rows)
         attach(job.module, job.recipe)  # from here on `save_pretrained` writes packed layers
     return pipe_or_module
+
+
+def record(
+    pipe: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    samples: int = 128,
+    steps: int = 8,
+    call_kwargs: dict | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> CalibrationSet | dict[str, CalibrationSet]:
+    """`qgen.calibration.record`: calls for `quantize(pipe, calibration=...)`, one set, or one per denoiser where the pipeline has several.
+
+    Arguments as for `Recorder` and `qgen.quantize`. Raises as they do. The pipeline is left as it was.
+    """
+    denoisers = adapter_for(pipe).denoisers(pipe)
+    with _evaluating(denoisers.values()):
+        sets = Recorder(samples, steps).calls(pipe, denoisers, prompts, call_kwargs, seed, bars(progress))
+    return sets if len(denoisers) > 1 else next(iter(sets.values()))
+
+
+sys.modules["qgen.calibration"].record = record  # type: ignore[attr-defined]  # the folder has no __init__.py to hold it
 
 
 @contextlib.contextmanager
@@ -111,7 +135,7 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def prepare(x: Any, kernel: str | None = None) -> dict[str, int]:
-    """Chooses kernels for the device where each packed layer is; returns how many layers run which. NoKernel with reasons if none serves."""
+    """Chooses kernels where each packed layer is; returns how many layers run which. NoKernel with reasons if none serves."""
     counts: dict[str, int] = {}
     for module in adapter_for(x).denoisers(x).values():
         for layer in module.modules():
@@ -137,7 +161,9 @@ class _Job:
     outputs: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
-    def plan(cls, name: str, module: nn.Module, recipe: Recipe, calls: CalibrationSet | None, memory: Any, seed: int) -> "_Job":
+    def plan(
+        cls, name: str, module: nn.Module, recipe: Recipe, calls: CalibrationSet | None, memory: Any, seed: int
+    ) -> "_Job":
         sites = probe(module, calls.calls[0]) if calls else static_sites(module)
         chosen: list[tuple[Site, Spec]] = []
         kept = []
@@ -149,7 +175,9 @@ class _Job:
             else:
                 chosen.append((site, spec))
         if not chosen:
-            raise NotQuantizable(f"recipe {recipe.name!r} keeps all {len(sites)} layers of {type(module).__name__} float: nothing to do")
+            raise NotQuantizable(
+                f"recipe {recipe.name!r} keeps all {len(sites)} layers of {type(module).__name__} float: nothing to do"
+            )
         total = sum(p.nbytes for p in module.parameters())
         budget = max(512 << 20, total // 2) if memory is None else parse_bytes(memory)
         return cls(name, module, recipe, calls, plan(chosen, budget), kept, seed)
@@ -169,7 +197,13 @@ class _Job:
                 stats = {}
                 if self.calls is not None:
                     title = f"observe wave {number + 1}/{len(self.waves)}"
-                    stats = measure(self.module, wave, self.calls, self.seed, lambda c, t=title: bar(c, desc=t, unit="call", leave=False))
+                    stats = measure(
+                        self.module,
+                        wave,
+                        self.calls,
+                        self.seed,
+                        lambda c, t=title: bar(c, desc=t, unit="call", leave=False),
+                    )
                 done: list[dict] = []
                 for group in wave.groups:
                     done += self._solve(group, stats.get(group.sites[0].shares, Stats()))
@@ -182,31 +216,39 @@ class _Job:
         return Journal.open(folder, self.name, self.module, self.recipe, self.calls, self.seed, waves)
 
     def _solve(self, group: Group, stats: Stats) -> list[dict]:
-        kind = self.module.get_submodule(group.sites[0].path).weight.device.type
+        kind = next(self.module.get_submodule(group.sites[0].path).parameters()).device.type
         with torch.autocast(kind, enabled=False):  # methods compute in float32, whatever the caller's context
             draft, error = solve(self.module, group, stats, self.seed)
         made = []
         for index, site in enumerate(group.sites):
-            old = self.module.get_submodule(site.path)
-            dtype = old.weight.dtype
-            new = (
-                QuantConv2d.from_draft(draft, old, index, dtype)
-                if site.kind == "conv2d"
-                else QuantLinear.from_draft(draft, index, dtype)
+            old: Any = self.module.get_submodule(site.path)
+            conv = isinstance(old, nn.Conv2d)
+            new: Packed = (
+                QuantConv2d.from_draft(draft, old, index, old.weight.dtype)
+                if conv
+                else QuantLinear.from_draft(draft, index, old.weight.dtype)
             )
             why = self.recipe.resolve(site)[1]
             if draft.k_padded != site.shape[1]:
                 why += f"; K padded from {site.shape[1]} to {draft.k_padded}"
-            row = {**_facts(site), "spec": str(group.spec), "why": why, **error, **_sizes(new, old), "log": dict(draft.log)}
+            row = {
+                **_facts(site),
+                "spec": str(group.spec),
+                "why": why,
+                **error,
+                **_sizes(new, old),
+                "log": dict(draft.log),
+            }
             made.append(self._install(site.path, new, row))
         return made
 
     def _swap(self, path: str, layout: Any, slots: dict, row: dict) -> None:
         """Puts a layer back that an earlier, interrupted run had finished."""
-        old = self.module.get_submodule(path)
-        dtype = old.weight.dtype
-        conv = isinstance(old, nn.Conv2d)
-        new = QuantConv2d(old, layout, dtype) if conv else QuantLinear(old.in_features, old.out_features, layout, dtype)
+        old: Any = self.module.get_submodule(path)
+        dtype, conv = old.weight.dtype, isinstance(old, nn.Conv2d)
+        new: Packed = (
+            QuantConv2d(old, layout, dtype) if conv else QuantLinear(old.in_features, old.out_features, layout, dtype)
+        )
         new.fill({name: t.to(old.weight.device) for name, t in slots.items()})
         self._install(path, new, row)
 
@@ -214,7 +256,9 @@ class _Job:
         row["kernel"] = new.prepare()
         new.train(False)
         old = self.module.get_submodule(path)
-        for alias in [p for p, layer in self.module.named_modules(remove_duplicate=False) if layer is old]:  # shared layers have several
+        for alias in [
+            p for p, layer in self.module.named_modules(remove_duplicate=False) if layer is old
+        ]:  # shared layers have several
             self.originals[alias] = old
             _replace(self.module, alias, new)
         self.rows.append(row)
@@ -228,26 +272,9 @@ class _Job:
         """Rows of all layers in the model's order, and one for the whole."""
         order = {path: i for i, (path, _) in enumerate(self.module.named_modules())}
         rows = sorted([*self.rows, *self.kept], key=lambda row: order[row["path"]])
-        if self.outputs:
+        if self.outputs and self.calls is not None:
             rows.append(_output_row(self.module, self.calls, self.outputs))
         return rows
-
-
-def static_sites(module: nn.Module) -> list[Site]:
-    """Sites in the order of definition, for data-free recipes on a module that nobody can call."""
-    from qgen.probe import blocks_of, packable
-
-    block = blocks_of(module)
-    sites = []
-    for path, layer in module.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer, Packed) and packable(layer):
-            kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
-            role = "inside" if block(path) or not block.any else "outside"
-            shape = (layer.weight.shape[0], layer.weight[0].numel())
-            sites.append(Site(path, kind, block(path), len(sites), path, shape, role=role))
-    if not sites:
-        raise NotQuantizable(f"{type(module).__name__} has no nn.Linear or nn.Conv2d layer: there is nothing to quantize")
-    return sites
 
 
 def _recipe(recipe: str | Path | Recipe, device: torch.device) -> Recipe:
@@ -261,7 +288,16 @@ def _recipe(recipe: str | Path | Recipe, device: torch.device) -> Recipe:
     return recipes.get(str(recipe), device)
 
 
-def _calls(pipe, denoisers, recipe, calibration, prompts, call_kwargs, seed, bar, checkpoint) -> dict[str, CalibrationSet]:
+def _calls(
+    pipe: Any,
+    denoisers: dict[str, nn.Module],
+    recipe: Recipe,
+    calibration: Any,
+    prompts: Sequence[str] | None,
+    call_kwargs: dict | None,
+    seed: int,
+    bar: Callable,
+) -> dict[str, CalibrationSet]:
     """Calibration calls of each denoiser; {} for recipes that need none and callers that give none."""
     bare = isinstance(pipe, nn.Module)
     if prompts is not None and not len(prompts):
@@ -273,7 +309,7 @@ def _calls(pipe, denoisers, recipe, calibration, prompts, call_kwargs, seed, bar
             f"recipe {recipe.name!r} calibrates: pass calibration=[...] with recorded calls of {type(pipe).__name__}, or use a recipe "
             "that needs none ('rtn-int4', 'rtn-nvfp4', 'fp8')"
         )
-    if hasattr(calibration, "calls") and callable(calibration.calls) or calibration is None:
+    if calibration is None or callable(getattr(calibration, "calls", None)):
         recorder = calibration or Recorder()
         sets = recorder.calls(pipe, denoisers, prompts=prompts, call_kwargs=call_kwargs, seed=seed, progress=bar)
     elif isinstance(calibration, dict) and set(calibration) <= set(denoisers):
@@ -282,7 +318,9 @@ def _calls(pipe, denoisers, recipe, calibration, prompts, call_kwargs, seed, bar
         sets = {name: as_calls(calibration) for name in denoisers}
     for name in denoisers:
         if name not in sets:
-            raise ValueError(f"calibration never called the denoiser {name!r}; record calls that do, or skip it in the recipe")
+            raise ValueError(
+                f"calibration never called the denoiser {name!r}; record calls that do, or skip it in the recipe"
+            )
         sets[name] = sets[name].hold_out()
         sets[name].check()
     return sets
@@ -312,7 +350,12 @@ def _output_row(module: nn.Module, calls: CalibrationSet, wanted: list[torch.Ten
         for call, want in zip(_judged(calls, len(wanted)), wanted, strict=True):
             lost += float((_first(call.run(module)).float().cpu() - want).square().sum())
             energy += float(want.square().sum())
-    return {"path": "(output)", "kind": "denoiser", "why": "whole denoiser, held-out calls", "sqnr_db": sqnr_db(lost / max(energy, 1e-30))}
+    return {
+        "path": "(output)",
+        "kind": "denoiser",
+        "why": "whole denoiser, held-out calls",
+        "sqnr_db": sqnr_db(lost / max(energy, 1e-30)),
+    }
 
 
 def _first(output: Any) -> torch.Tensor:

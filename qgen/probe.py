@@ -5,7 +5,7 @@ Two layers share an input when they are given the same memory, unchanged, while 
 sees a single row per sample (time embeddings, adaLN modulation) works on vectors.
 """
 
-__all__ = ["blocks_of", "packable", "probe"]
+__all__ = ["blocks_of", "packable", "probe", "static_sites"]
 
 import weakref
 from collections.abc import Callable
@@ -35,8 +35,27 @@ def probe(module: nn.Module, call: Call) -> list[Site]:
         for hook in hooks:
             hook.remove()
     if not watch.sites:
-        raise NotQuantizable(f"{type(module).__name__} ran no nn.Linear or nn.Conv2d layer: there is nothing to quantize")
+        raise NotQuantizable(
+            f"{type(module).__name__} ran no nn.Linear or nn.Conv2d layer: there is nothing to quantize"
+        )
     return watch.sites
+
+
+def static_sites(module: nn.Module) -> list[Site]:
+    """Sites in the order of definition, for data-free recipes on a module that nobody can call."""
+    block = blocks_of(module)
+    sites = []
+    for path, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer, Packed) and packable(layer):
+            kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+            role = "inside" if block(path) or not block.any else "outside"
+            shape = (layer.weight.shape[0], layer.weight[0].numel())
+            sites.append(Site(path, kind, block(path), len(sites), path, shape, role=role))
+    if not sites:
+        raise NotQuantizable(
+            f"{type(module).__name__} has no nn.Linear or nn.Conv2d layer: there is nothing to quantize"
+        )
+    return sites
 
 
 class _Watch:
@@ -58,12 +77,24 @@ class _Watch:
             shares = _recall(self.inputs, x, way) or f"input{len(self.sites)}"
             self.inputs[_key(x, way)] = (weakref.ref(x), shares)
             block = self.blocks(path)
-            samples = self.batch or x.shape[0] if x.ndim == 2 else x.shape[0]  # (M, K): tokens of all samples, or one row for each
+            samples = (
+                self.batch or x.shape[0] if x.ndim == 2 else x.shape[0]
+            )  # (M, K): tokens of all samples, or one row for each
             rows = x.shape[-2] * x.shape[-1] if conv else max(1, x.numel() // max(1, x.shape[-1] * samples))
             shape = (layer.weight.shape[0], layer.weight[0].numel())
             role = "vector" if rows == 1 and not conv else "inside" if block or not self.blocks.any else "outside"
             self.sites.append(
-                Site(path, "conv2d" if conv else "linear", block, len(self.sites), shares, shape, rows, _recall(self.made, x), role)
+                Site(
+                    path,
+                    "conv2d" if conv else "linear",
+                    block,
+                    len(self.sites),
+                    shares,
+                    shape,
+                    rows,
+                    _recall(self.made, x),
+                    role,
+                )
             )
 
         return hook
@@ -99,7 +130,11 @@ class blocks_of:
     def __init__(self, module: nn.Module):
         self.heads: list[str] = []
         for path, child in module.named_modules():
-            if isinstance(child, nn.ModuleList) and len(child) and not any(path.startswith(h + ".") for h in self.heads):
+            if (
+                isinstance(child, nn.ModuleList)
+                and len(child)
+                and not any(path.startswith(h + ".") for h in self.heads)
+            ):
                 self.heads.append(path)
         self.any = bool(self.heads)
 
@@ -108,4 +143,3 @@ class blocks_of:
             if path.startswith(head + "."):
                 return head + "." + path[len(head) + 1 :].partition(".")[0]
         return ""
-

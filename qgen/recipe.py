@@ -34,12 +34,12 @@ class Spec:
     bins: int = 1
     share: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         formats.get(self.weight)
         if self.act:
             formats.get(self.act)
-        if self.bins < 1:
-            raise ValueError(f"a spec needs at least one timestep bin, found {self.bins}")
+        if self.bins != 1:
+            raise ValueError(f"this version has one bin of timesteps for all activations, found bins={self.bins}")
 
     def __str__(self) -> str:
         return f"{self.weight} x {self.act or 'float'}"
@@ -157,7 +157,9 @@ def _check_keys(kind: type, data: Any) -> None:
         if key not in known:
             raise ValueError(unknown(f"key of {kind.__name__}", key, known))
         if not _fits(value, types[key]):
-            raise ValueError(f"{key} of {kind.__name__} is {getattr(types[key], '__name__', types[key])}, found {value!r}")
+            raise ValueError(
+                f"{key} of {kind.__name__} is {getattr(types[key], '__name__', types[key])}, found {value!r}"
+            )
     for key, f in known.items():
         if key not in data and f.default is MISSING and f.default_factory is MISSING and key != "default":
             raise ValueError(f"a {kind.__name__} needs the key {key!r}, found {', '.join(data) or 'none'}")

@@ -16,22 +16,39 @@ from qgen.methods.reconstruct import Reconstruct
 from qgen.methods.smooth import Smooth
 from qgen.recipe import Recipe, Rule, Spec
 
-_SVDQUANT = (Smooth(), LowRank(32), Clip(), GPTQ(), Reconstruct(), BiasCorrection())
+_REFINE = (GPTQ(), Reconstruct(), BiasCorrection())
+_SVDQUANT = (Smooth(), LowRank(32, rounds=1), *_REFINE)
+_SVDQUANT_INT = (Smooth(), LowRank(32, rounds=1), Clip(), *_REFINE)  # clipping e2m1 blocks gains nothing
 _OUTSIDE = Rule("*", None, role="outside", why="embedder or head, outside the repeated blocks")
-_VECTOR = Rule("*", Spec("int4_g64", None), role="vector", why="one row per sample (time or modulation): 4-bit weights, 16-bit input")
+_VECTOR = Rule(
+    "*",
+    Spec("int4_g64", None),
+    role="vector",
+    why="one row per sample (time or modulation): 4-bit weights, 16-bit input",
+)
 _NARROW = Rule("*", None, below=32, why="fewer than 32 inputs or outputs")
 _RULES = (_VECTOR, _OUTSIDE, _NARROW)
 
 
 def _recipes() -> dict[str, Recipe]:
     made = {
-        "svdquant-int4": (Spec("int4_g64", "uint4_g64", _SVDQUANT), "W4A4, integer: smoothing, rank 32, GPTQ, zero points"),
+        "svdquant-int4": (
+            Spec("int4_g64", "uint4_g64", _SVDQUANT_INT),
+            "W4A4, integer: smoothing, rank 32, GPTQ, zero points",
+        ),
         "svdquant-nvfp4": (Spec("nvfp4", "nvfp4_dynamic", _SVDQUANT), "W4A4, NVFP4: smoothing, rank 32, GPTQ"),
-        "w4a8": (Spec("int4_s8_g64", "int8_row", _SVDQUANT), "4-bit weights with integer sub-scales, 8-bit activations, rank 32"),
-        "w4a16": (Spec("int4_g64", None, (AWQ(), *_SVDQUANT[1:])), "4-bit weights, 16-bit activations, rank 32"),
+        "w4a8": (
+            Spec("int4_s8_g64", "int8_row", _SVDQUANT_INT),
+            "4-bit weights with integer sub-scales, 8-bit activations, rank 32",
+        ),
+        "w4a16": (Spec("int4_g64", None, (AWQ(), *_SVDQUANT_INT[1:])), "4-bit weights, 16-bit activations, rank 32"),
         "w8a8": (Spec("int8_row", "int8_row", (Smooth(),)), "8-bit integers"),
         "fp8": (Spec("fp8_e4m3_row", "fp8_e4m3_row"), "8-bit floats, no calibration"),
         "rtn-int4": (Spec("int4_g64", "int4_g64"), "W4A4 rounded to nearest, no calibration: the baseline"),
+        "rtn-w4a16": (
+            Spec("int4_g64"),
+            "4-bit weights rounded to nearest, 16-bit activations, no calibration: works while loading",
+        ),
         "rtn-nvfp4": (Spec("nvfp4", "nvfp4_dynamic"), "W4A4 NVFP4 rounded to nearest, no calibration"),
     }
     return {name: Recipe(spec, _RULES, name, about) for name, (spec, about) in made.items()}

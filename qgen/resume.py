@@ -81,7 +81,9 @@ class Journal:
         """Keeps the layers of a finished wave and their report rows."""
         from safetensors.torch import save_file
 
-        tensors = {f"{path}:{slot}": t.contiguous() for path, layer in layers.items() for slot, t in layer.canonical().items()}
+        tensors = {
+            f"{path}:{slot}": t.contiguous() for path, layer in layers.items() for slot, t in layer.canonical().items()
+        }
         layouts = {path: asdict(layer.layout) for path, layer in layers.items()}
         header = json.dumps({"fingerprint": self.fingerprint, "layouts": layouts, "rows": rows})
         _write(self._path(wave), lambda temporary: save_file(tensors, temporary, {"qgen_wave": header}))
@@ -105,7 +107,9 @@ class Journal:
                 slots = {key.rpartition(":")[2]: t for key, t in tensors.items() if key.rpartition(":")[0] == name}
                 made[name] = (Layout(**{**data, "slots": tuple(data["slots"])}), slots, rows[name])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise BadCheckpoint(f"{path}: cannot go on from this file ({error}); delete it to redo its layers") from None
+            raise BadCheckpoint(
+                f"{path}: cannot go on from this file ({error}); delete it to redo its layers"
+            ) from None
         return made
 
 

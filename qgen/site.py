@@ -11,7 +11,7 @@ Layers that read one input form one Draft, stacked along N: they share `smooth` 
 __all__ = ["Draft", "Site"]
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -134,7 +134,6 @@ class Draft:
         top = torch.finfo(self.dtype).max
         return t.clamp(-top, top).to(self.dtype).float()
 
-    def noted(self, **facts) -> "Draft":
+    def noted(self, **facts: Any) -> "Draft":
         """Itself with more facts in the log."""
         return replace(self, log={**self.log, **facts})
-

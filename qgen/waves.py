@@ -32,7 +32,11 @@ class Group:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that the methods of the spec read."""
-        return frozenset().union(*(m.needs(self.sites[0]) for m in self.spec.methods)) if self.spec.methods else frozenset()
+        return (
+            frozenset().union(*(m.needs(self.sites[0]) for m in self.spec.methods))
+            if self.spec.methods
+            else frozenset()
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, pro
             rows = unfold(args[0], layer)[0] if site.kind == "conv2d" else args[0]
             rows = rows.detach().reshape(-1, rows.shape[-1])
             if not bool(torch.isfinite(rows).all()):
-                raise BadData(f"layer {site.path}: its input holds NaN or infinity on calibration call {moment}; nothing was changed")
+                raise BadData(
+                    f"layer {site.path}: its input holds NaN or infinity on calibration call {moment}; nothing was changed"
+                )
             for observer in observers[site.shares].values():
                 observer.update(rows, moment)
             if site.order == last:
@@ -158,9 +164,20 @@ def solve(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Dra
     given = [layer.bias for layer in layers]
     bias = None
     if any(b is not None for b in given):
-        bias = torch.cat([weight.new_zeros(s.shape[0]) if b is None else b.detach().float() for s, b in zip(group.sites, given, strict=True)])
+        bias = torch.cat(
+            [
+                weight.new_zeros(s.shape[0]) if b is None else b.detach().float()
+                for s, b in zip(group.sites, given, strict=True)
+            ]
+        )
     native = layers[0].weight.dtype
-    draft = Draft(group.sites, group.spec, weight, bias, dtype=native if native in (torch.float16, torch.bfloat16) else torch.float16)
+    draft = Draft(
+        group.sites,
+        group.spec,
+        weight,
+        bias,
+        dtype=native if native in (torch.float16, torch.bfloat16) else torch.float16,
+    )
     word = hashlib.sha256(f"{seed}/{group.sites[0].path}".encode()).digest()
     stats = replace(stats, seed=int.from_bytes(word[:6], "little"))
     draft = refine(draft, stats)

@@ -1,6 +1,6 @@
 """The list of names that the demo pipeline was trained on, from which its prompts are made.
 
-    python demos/train/concepts.py --data build/emoji --out demos/assets/emoji_concepts.json
+python demos/train/concepts.py --data build/emoji --out demos/assets/emoji_concepts.json
 """
 
 from __future__ import annotations

@@ -141,9 +141,7 @@ def train(pipe, latents: Tensor, about: list[dict], args) -> list[tuple[int, flo
 def loss_of(pipe, x: Tensor, captions: list[str]) -> Tensor:
     s, noise = torch.randn(len(x)).sigmoid(), torch.randn_like(x)
     at = s.view(-1, 1, 1, 1)
-    tokens = pipe.tokenizer(
-        captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    )
+    tokens = pipe.tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
         states = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         v = pipe.transformer(

@@ -100,7 +100,7 @@ def _metrics() -> list[str]:
 
 
 def _record(pipe: Any, samples: int, keep: int, steps: int, seed: int) -> dict:
-    from qgen.calibration.record import Recorder
+    from qgen.calibration.recorder import Recorder
     from qgen.demo import demo_prompts
     from qgen.progress import bars
 

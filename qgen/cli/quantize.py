@@ -38,7 +38,7 @@ def quantize(
     """Quantize a model's denoisers to 4 bits, save it, and write a report."""
     from rich.console import Console
 
-    from qgen.calibration.record import Recorder
+    from qgen.calibration.recorder import Recorder
     from qgen.checks import parse_bytes
     from qgen.cli.common import claim, device_of, load, note, own_prompts, read_prompts, read_recipe, typed
     from qgen.engine import quantize as run

@@ -162,7 +162,9 @@ class NumberFormat:
             reciprocal: multiply by 1 / scale, as fused kernels do for activations, and do not divide by the scale.
         """
         x = x.float()
-        scales, global_scale, zero = self.ranges(x, clip) if like is None else (like.scales, like.global_scale, like.zero)
+        scales, global_scale, zero = (
+            self.ranges(x, clip) if like is None else (like.scales, like.global_scale, like.zero)
+        )
         codes = self.element.encode(self.normalize(x, scales, global_scale, zero, reciprocal))
         return QTensor(packing.pack(codes, self.bits), scales, global_scale, zero, self.name)
 
@@ -224,7 +226,9 @@ class NumberFormat:
         k = x.shape[-1]
         block = self.block or k
         if k % block:
-            raise ValueError(f"{self.name} needs K divisible by its block of {block}, found K={k}; pad K or choose another block")
+            raise ValueError(
+                f"{self.name} needs K divisible by its block of {block}, found K={k}; pad K or choose another block"
+            )
         return x.unflatten(-1, (k // block, block))
 
 

@@ -199,7 +199,7 @@ def _write(module: nn.Module, folder: Path, limit: int) -> None:
     from safetensors.torch import save_file
 
     state = module.state_dict()
-    note(module, state, "", state._metadata[""])
+    note(module, state, "", state._metadata[""])  # type: ignore[attr-defined]
     tensors, header = collect(state)
     shards: list[dict[str, Tensor]] = [{}]
     for name in sorted(tensors):

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any
 
 from qgen.errors import unknown
-from qgen.recipe import Recipe, Spec
+from qgen.recipe import Recipe
 
 DATA_FREE = "rtn-w4a16"
 
@@ -69,7 +69,7 @@ class QGenConfig:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QGenConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __repr__(self) -> str:
         return f"QGenConfig(recipe={self.recipe.name!r})"
@@ -83,12 +83,5 @@ def _recipe(recipe: str | Recipe | dict) -> Recipe:
     if isinstance(recipe, str):
         from qgen import recipes
 
-        if recipe == DATA_FREE:
-            return Recipe(
-                Spec("int4_g64"),
-                recipes.get("rtn-int4").rules,
-                DATA_FREE,
-                "4-bit weights, rounded to nearest, no calibration",
-            )
         return recipes.get(recipe)
     raise ValueError(f"recipe must be a name, a Recipe or a dictionary, found {type(recipe).__name__}")

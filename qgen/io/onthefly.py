@@ -15,7 +15,7 @@ from qgen.io.config import DATA_FREE
 from qgen.models import adapter_for
 from qgen.nn import QuantConv2d, QuantLinear
 from qgen.nn.packed import Packed
-from qgen.probe import blocks_of, packable
+from qgen.probe import static_sites
 from qgen.recipe import Recipe, Spec
 from qgen.site import Draft, Site
 
@@ -47,19 +47,11 @@ def steps(model: nn.Module, recipe: Recipe, skip: tuple[str, ...] = ()) -> dict[
     keep = adapter_for(model).keep_float()
     recipe = recipe.skip(*keep, why="kept float in this family") if keep else recipe
     found: dict[str, Step] = {}
-    block = blocks_of(model)
-    for path, layer in model.named_modules():
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or isinstance(layer, Packed) or not packable(layer):
-            continue
-        if any(path == s or path.startswith(s + ".") for s in skip):
-            continue
-        shape = (layer.weight.shape[0], layer.weight[0].numel())
-        kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
-        role = "inside" if block(path) or not block.any else "outside"
-        site = Site(path, kind, block(path), len(found), path, shape, role=role)
-        spec, why = recipe.resolve(site)
-        if spec is not None:
-            found[path] = Step(site, spec, why)
+    for site in static_sites(model):
+        if not any(site.path == s or site.path.startswith(s + ".") for s in skip):
+            spec, why = recipe.resolve(site)
+            if spec is not None:
+                found[site.path] = Step(site, spec, why)
     return found
 
 

@@ -59,7 +59,7 @@ class Stats:
     judge: Judge | None = field(init=False, default=None)
     cache: dict = field(init=False, default_factory=dict, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rows = self.fit if self.held is None else self.held
         object.__setattr__(self, "judge", None if rows is None else Judge(rows))
 
@@ -93,7 +93,7 @@ def refine(draft: Draft, stats: Stats) -> Draft:
         if error is None and getattr(method, "optional", False):
             error = judge.error(draft)
         after = judge.error(new)
-        if getattr(method, "optional", False) and not after < error:
+        if getattr(method, "optional", False) and error is not None and not after < error:
             draft = draft.noted(**{method.name: f"dropped (held-out error {error:.3g} -> {after:.3g})"})
         else:
             draft, error = new.noted(**{method.name: f"{after:.3g}"}), after

@@ -1,8 +1,8 @@
 r"""GPTQ: rounds columns one by one, pushing each column's error into those still unrounded.
 
 Minimizes tr((W − Q) H (W − Q)ᵀ), H = mean of x̂ x̂ᵀ over calibration rows in the basis of the target, with the noise of quantized
-activations added to its diagonal. Few prompts make H overfit: several dampings (a multiple of the mean diagonal, added to it) are tried, and
-the one with the smallest error on held-out rows is kept. Columns are taken by descending diagonal; scales are fixed before the first one.
+activations added to its diagonal. Few prompts make H overfit: several dampings (a multiple of the mean diagonal, added to it) are tried,
+and the one with the smallest error on held-out rows is kept. Columns are taken by descending diagonal; scales are fixed before the first one.
 Frantar et al., 2022, https://arxiv.org/abs/2210.17323
 """
 
@@ -35,7 +35,7 @@ class GPTQ:
 
     name: ClassVar[str] = "gptq"
     optional: ClassVar[bool] = True
-    damps: tuple[float, ...] = (0.02, 0.1, 0.5)
+    damps: tuple[float, ...] = (0.002, 0.02, 0.1, 0.5)
     gap: float = 0.05
     block: int = 128
 
@@ -47,7 +47,8 @@ class GPTQ:
         fitted = Judge(stats.fit[: len(stats.judge.rows)])
         chosen, least = draft, math.inf
         for damp in sorted(self.damps):
-            code = round_with(target, factor(draft, stats, damp), fmt, draft.clip, self.block)
+            damped = factor(draft, stats, damp)
+            code = round_with(wiener(target, draft, stats, damped), damped, fmt, draft.clip, self.block)
             rounded = replace(draft, qweight=code).noted(damp=damp)
             error = stats.judge.error(rounded)
             if not error < least:
@@ -92,10 +93,31 @@ def _hessian(draft: Draft, stats: Stats) -> Tensor:
     if draft.hadamard:
         h = hadamard_blocks(hadamard_blocks(h, draft.hadamard).T, draft.hadamard).T
     if draft.act and stats.fit is not None:
-        rows = stats.fit[:1024]
-        noise = (draft.inputs(rows) - draft.inputs(rows, quantized=False)).square().mean(0)
-        h = h + torch.diag(noise)
+        h = h + torch.diag(noise(draft, stats))
     return h
+
+
+def noise(draft: Draft, stats: Stats) -> Tensor:
+    """(Kp,) mean square of what rounding the activations adds to each column of the inputs."""
+    key = ("noise", draft.smooth, draft.shift, draft.hadamard)
+    if key not in stats.cache:
+        rows = stats.fit[:1024]
+        stats.cache[key] = (draft.inputs(rows) - draft.inputs(rows, quantized=False)).square().mean(0)
+    return stats.cache[key]
+
+
+def wiener(target: Tensor, draft: Draft, stats: Stats, factor: Factor) -> Tensor:
+    """The weight that serves *rounded* inputs best: T* = T G (G + D)⁻¹ = T − (T D) H⁻¹, D the diagonal of their noise.
+
+    Inputs live in few directions, their rounding noise in all: where the noise outweighs the signal, T* lets go of both. The expected
+    squared error of the output is tr((Q − T*) H (Q − T*)ᵀ) and a constant, so rounding T* with H is all that changes.
+    """
+    if not draft.act:
+        return target
+    scaled = (target * noise(draft, stats))[:, factor.order] @ factor.upper.T @ factor.upper
+    out = target.clone()
+    out[:, factor.order] -= scaled
+    return out
 
 
 def gptq(
@@ -160,7 +182,9 @@ def cholesky(h: Tensor, damp: float) -> Tensor:
         if not int(info):
             return factor
         if damp > 1e3:  # h is a second moment: nothing finite resists that much
-            raise BadData("the second moment of a layer's input holds NaN or infinity: its activations overflow float32 when squared")
+            raise BadData(
+                "the second moment of a layer's input holds NaN or infinity: its activations overflow float32 when squared"
+            )
         damp = max(1e-4, damp * 10)
 
 

@@ -47,7 +47,9 @@ class Reconstruct:
         current = chosen
         for round in range(self.rounds):
             lost = (whole - current.qweight.dequantize())[:, root.order]
-            up, down = low_rank(torch.linalg.solve_triangular(root.upper, lost, upper=True, left=False), rank, stats.seed + round)
+            up, down = low_rank(
+                torch.linalg.solve_triangular(root.upper, lost, upper=True, left=False), rank, stats.seed + round
+            )
             fitted = torch.empty_like(down)
             fitted[:, root.order] = down @ root.upper
             current = GPTQ(damps=(damp,)).refine(with_branch(draft, up, fitted), stats)

@@ -17,7 +17,10 @@ from qgen.methods.base import Stats
 from qgen.recipe import methods
 from qgen.site import Draft, Site
 
-BOUNDS = {"GELU": 0.171875, "SiLU": 0.2734375}  # gated ones (GEGLU, SwiGLU) have no bound: their fitted minimum is taken
+BOUNDS = {
+    "GELU": 0.171875,
+    "SiLU": 0.2734375,
+}  # gated ones (GEGLU, SwiGLU) have no bound: their fitted minimum is taken
 
 
 @methods.register("shift")
@@ -36,7 +39,9 @@ class Shift:
     def refine(self, draft: Draft, stats: Stats) -> Draft:
         fmt = formats.get(draft.act) if draft.act else None
         if fmt is None or fmt.element.signed or fmt.zero_point:
-            raise ValueError(f"shift needs an unsigned activation format without zero points (uint4p_g64), found {draft.act or 'float'}")
+            raise ValueError(
+                f"shift needs an unsigned activation format without zero points (uint4p_g64), found {draft.act or 'float'}"
+            )
         bound = BOUNDS.get(draft.sites[0].after)
         if bound is None:
             bound = max(0.0, -float(stats.fit.min()))

@@ -15,7 +15,7 @@ _DENOISERS = ("transformer", "unet", "transformer_2", "unet_2", "prior", "decode
 
 
 class Adapter:
-    """Defaults for a family. Subclass, set `matches` (globs on class names, compared as text), override what differs, register an instance."""
+    """Defaults for a family. Subclass, set `matches` (globs on class names, compared as text), override, register an instance."""
 
     matches: tuple[str, ...] = ()
 

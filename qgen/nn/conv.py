@@ -32,10 +32,14 @@ class QuantConv2d(Packed, nn.Conv2d):
         self.fill(layout.empty(n, k, dtype, device))
 
     @classmethod
-    def from_draft(cls, draft: Draft, like: nn.Conv2d, index: int = 0, dtype: torch.dtype = torch.bfloat16) -> "QuantConv2d":
+    def from_draft(
+        cls, draft: Draft, like: nn.Conv2d, index: int = 0, dtype: torch.dtype = torch.bfloat16
+    ) -> "QuantConv2d":
         """The layer of the draft's site number `index`, with the geometry of `like`."""
         slots = slots_of(draft, index, dtype)
-        layout = Layout(draft.spec.weight, draft.act, 0 if draft.down is None else draft.down.shape[0], draft.hadamard, tuple(slots))
+        layout = Layout(
+            draft.spec.weight, draft.act, 0 if draft.down is None else draft.down.shape[0], draft.hadamard, tuple(slots)
+        )
         layer = cls(like, layout, dtype)
         layer.fill(slots)
         return layer
@@ -52,7 +56,8 @@ class QuantConv2d(Packed, nn.Conv2d):
 def unfold(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, int, int]:
     """Patches (B, H' · W', K) that a convolution multiplies with its weight (N, K), and H', W'."""
     sizes = [
-        (x.shape[2 + i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1 for i in (0, 1)
+        (x.shape[2 + i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
+        for i in (0, 1)
     ]
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0):
         return x.flatten(2).transpose(1, 2), *sizes

@@ -25,7 +25,9 @@ class QuantLinear(Packed, nn.Linear):
     def from_draft(cls, draft: Draft, index: int = 0, dtype: torch.dtype = torch.bfloat16) -> "QuantLinear":
         """The layer of the draft's site number `index`; rounds to nearest what no method has rounded."""
         slots = slots_of(draft, index, dtype)
-        layout = Layout(draft.spec.weight, draft.act, 0 if draft.down is None else draft.down.shape[0], draft.hadamard, tuple(slots))
+        layout = Layout(
+            draft.spec.weight, draft.act, 0 if draft.down is None else draft.down.shape[0], draft.hadamard, tuple(slots)
+        )
         layer = cls(draft.weight.shape[1], draft.sites[index].shape[0], layout, dtype)
         layer.fill(slots)
         return layer

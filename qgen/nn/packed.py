@@ -16,7 +16,13 @@ from qgen import formats
 from qgen.kernels import registry
 from qgen.kernels.ops import SLOTS
 
-FLOAT_SLOTS = ("smooth", "down", "up", "bias", "shift")  # stored in any float dtype of 16 or 32 bits; the rest have one dtype each
+FLOAT_SLOTS = (
+    "smooth",
+    "down",
+    "up",
+    "bias",
+    "shift",
+)  # stored in any float dtype of 16 or 32 bits; the rest have one dtype each
 CAST_SLOTS = ("bias",)  # these follow `.to(dtype)`
 
 
@@ -50,15 +56,22 @@ class Packed(nn.Module):
     hadamard: int
     kernel: str | None
 
-    def _setup(self, n: int, k: int, weight_format: str, act_format: str, hadamard: int, compute_dtype: torch.dtype) -> None:
+    def _setup(
+        self, n: int, k: int, weight_format: str, act_format: str, hadamard: int, compute_dtype: torch.dtype
+    ) -> None:
         nn.Module.__init__(self)
         self.n, self.k = n, k
         self.weight_format, self.act_format, self.hadamard = weight_format, act_format, hadamard
         self.compute_dtype = compute_dtype
         self.kernel, self._ask = None, None
-        self.fused_from: int | None = None  # rank before a LoRA was fused into the low-rank branch; None = nothing fused
+        self.fused_from: int | None = (
+            None  # rank before a LoRA was fused into the low-rank branch; None = nothing fused
+        )
         self.shows_weight = True  # whether `state_dict` lists the placeholder
-        for slot in ("bias", *SLOTS):  # the bias first: models read the dtype of a part off its first parameter (Wan's time embedder)
+        for slot in (
+            "bias",
+            *SLOTS,
+        ):  # the bias first: models read the dtype of a part off its first parameter (Wan's time embedder)
             self.register_parameter(slot, None)
 
     # -- what LoRA loaders and schedulers of memory look at ------------------------------------------------------------
@@ -101,7 +114,9 @@ class Packed(nn.Module):
         from qgen.kernels import reference
 
         slots = self.canonical()
-        w = reference.weight(slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), self.weight_format)
+        w = reference.weight(
+            slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), self.weight_format
+        )
         if self.hadamard:
             w = reference.hadamard_blocks(w, self.hadamard)
         w = w[:, : self.k]
@@ -123,11 +138,24 @@ class Packed(nn.Module):
                 kind, capability = "hip", properties.gcnArchName.partition(":")[0]
             else:
                 capability = (properties.major, properties.minor)
-        traits = {"lowrank": self.down is not None, "hadamard": bool(self.hadamard), "static_act": self.act_scale is not None}
+        traits = {
+            "lowrank": self.down is not None,
+            "hadamard": bool(self.hadamard),
+            "static_act": self.act_scale is not None,
+        }
         traits |= {name: getattr(self, name) is not None for name in ("smooth", "shift", "bias")}
         on = frozenset(name for name, present in traits.items() if present)
         return registry.Ask(
-            "linear", kind, self.weight_format, self.act_format, self.compute_dtype, self.n, self.k, self.rank, capability, on
+            "linear",
+            kind,
+            self.weight_format,
+            self.act_format,
+            self.compute_dtype,
+            self.n,
+            self.k,
+            self.rank,
+            capability,
+            on,
         )
 
     def serves(self, kernel: str) -> str | None:
@@ -156,7 +184,9 @@ class Packed(nn.Module):
         targets = {name: self._target(name, p, fn) for name, p in self.slots().items()}
         dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device)).dtype
         dtype = dtype if _castable(dtype) else self.compute_dtype
-        if dtype == self.compute_dtype and all((p.device, p.dtype) == targets[name] for name, p in self.slots().items()):
+        if dtype == self.compute_dtype and all(
+            (p.device, p.dtype) == targets[name] for name, p in self.slots().items()
+        ):
             return self
         prepared = self.kernel
         self.fill({name: _moved(t, *targets[name]) for name, t in self.canonical().items()})
@@ -178,7 +208,9 @@ class Packed(nn.Module):
         if hasattr(destination, "_metadata"):  # so that whoever saves a state dict knows what its tensors mean
             destination._metadata[prefix[:-1]]["qgen"] = self.described()
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         state_dict.pop(prefix + "weight", None)
         mine = {slot: state_dict[prefix + slot] for slot in SLOTS if prefix + slot in state_dict}
         present = self.slots()
@@ -189,12 +221,16 @@ class Packed(nn.Module):
         said = local_metadata.get("qgen", {})
         for key, here in (("weight", self.weight_format), ("act", self.act_format), ("hadamard", self.hadamard)):
             if said.get(key, here) != here:
-                error_msgs.append(f"{prefix}codes: this layer's {key} is {here or 'float'}, the state dict's {said[key] or 'float'}")
+                error_msgs.append(
+                    f"{prefix}codes: this layer's {key} is {here or 'float'}, the state dict's {said[key] or 'float'}"
+                )
                 return
         canonical = self.canonical()
         for slot, tensor in mine.items():
             if tensor.shape != canonical[slot].shape:
-                error_msgs.append(f"{prefix}{slot}: expected {tuple(canonical[slot].shape)}, found {tuple(tensor.shape)}")
+                error_msgs.append(
+                    f"{prefix}{slot}: expected {tuple(canonical[slot].shape)}, found {tuple(tensor.shape)}"
+                )
                 return
         prepared, device = self.kernel, self.codes.device
         assign = local_metadata.get("assign_to_params_buffers", False) or device.type == "meta"
@@ -215,7 +251,9 @@ class Packed(nn.Module):
 
     def extra_repr(self) -> str:
         rank = f", rank={self.rank}" if self.rank else ""
-        return f"N={self.n}, K={self.k}, {self.weight_format} x {self.act_format or 'float'}{rank}, kernel={self.kernel}"
+        return (
+            f"N={self.n}, K={self.k}, {self.weight_format} x {self.act_format or 'float'}{rank}, kernel={self.kernel}"
+        )
 
 
 def _castable(dtype: torch.dtype) -> bool:
@@ -257,4 +295,6 @@ class Layout:
             "act_scale": ((act_groups,), torch.float32),
         }
         wanted = {"codes", "scales", *self.slots}
-        return {slot: torch.empty(shapes[slot][0], dtype=shapes[slot][1], device=device) for slot in SLOTS if slot in wanted}
+        return {
+            slot: torch.empty(shapes[slot][0], dtype=shapes[slot][1], device=device) for slot in SLOTS if slot in wanted
+        }

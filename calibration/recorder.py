@@ -8,6 +8,7 @@ __all__ = ["Recorder", "as_calls", "load", "save"]
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,9 +49,13 @@ class Recorder:
     ) -> dict[str, CalibrationSet]:
         """Calls of each denoiser. ValueError for an empty list of prompts, or a bare module that has nothing to draw with."""
         if isinstance(pipe, nn.Module):
-            raise ValueError(f"{type(pipe).__name__} is no pipeline and cannot be driven by prompts: pass calibration=[...] with its calls")
+            raise ValueError(
+                f"{type(pipe).__name__} is no pipeline and cannot be driven by prompts: pass calibration=[...] with its calls"
+            )
         if prompts is not None and not len(prompts):
-            raise ValueError("calibration needs at least one prompt, found none; leave out `prompts` for the built-in set")
+            raise ValueError(
+                "calibration needs at least one prompt, found none; leave out `prompts` for the built-in set"
+            )
         takes_prompt = "prompt" in inspect.signature(type(pipe).__call__).parameters
         if prompts is None:
             prompts = getattr(pipe, "calibration_prompts", None) or PROMPTS
@@ -68,7 +73,9 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
         origin = f"{len(prompts) if takes_prompt else 1} prompts, {self.steps} steps each"
-        return {name: CalibrationSet(tuple(t.calls), origin).hold_out(self.held) for name, t in tapes.items() if t.calls}
+        return {
+            name: CalibrationSet(tuple(t.calls), origin).hold_out(self.held) for name, t in tapes.items() if t.calls
+        }
 
     def _run(self, pipe: Any, prompts: list[str] | None, call_kwargs: dict, seed: int) -> None:
         known = inspect.signature(type(pipe).__call__).parameters
@@ -160,13 +167,24 @@ def as_calls(given: Any) -> CalibrationSet:
             args, kwargs = (item,), {}
         elif isinstance(item, dict):
             args, kwargs = (), item
-        elif isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (tuple, list)) and isinstance(item[1], dict):
+        elif (
+            isinstance(item, (tuple, list))
+            and len(item) == 2
+            and isinstance(item[0], (tuple, list))
+            and isinstance(item[1], dict)
+        ):
             args, kwargs = tuple(item[0]), item[1]
         elif isinstance(item, (tuple, list)):
             args, kwargs = tuple(item), {}
         else:
-            raise ValueError(f"a calibration call is a tensor, a tuple, a dict or (args, kwargs); found {type(item).__name__}")
-        calls.append(Call(_map(args, lambda t: t.detach().cpu()), _map(kwargs, lambda t: t.detach().cpu()), Moment(sample=sample)))
+            raise ValueError(
+                f"a calibration call is a tensor, a tuple, a dict or (args, kwargs); found {type(item).__name__}"
+            )
+        calls.append(
+            Call(
+                _map(args, lambda t: t.detach().cpu()), _map(kwargs, lambda t: t.detach().cpu()), Moment(sample=sample)
+            )
+        )
     return CalibrationSet(tuple(calls))
 
 
@@ -186,7 +204,14 @@ def save(calibration: CalibrationSet, path: str | Path) -> None:
     rows = []
     for call in calibration.calls:
         output = None if call.output is None else stash(call.output)
-        rows.append({"args": _map(call.args, stash), "kwargs": _map(call.kwargs, stash), "moment": asdict(call.moment), "output": output})
+        rows.append(
+            {
+                "args": _map(call.args, stash),
+                "kwargs": _map(call.kwargs, stash),
+                "moment": asdict(call.moment),
+                "output": output,
+            }
+        )
     header = json.dumps({"version": _VERSION, "origin": calibration.origin, "calls": rows})
     temporary = Path(path).with_suffix(".tmp")
     save_file(tensors, temporary, {"qgen_calibration": header})
@@ -219,5 +244,14 @@ def load(path: str | Path) -> CalibrationSet:
 
 def _unstash(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
-        return tensors[value["tensor"]] if set(value) == {"tensor"} else {k: _unstash(v, tensors) for k, v in value.items()}
+        return (
+            tensors[value["tensor"]]
+            if set(value) == {"tensor"}
+            else {k: _unstash(v, tensors) for k, v in value.items()}
+        )
     return [_unstash(v, tensors) for v in value] if isinstance(value, list) else value
+
+
+# A folder without __init__.py has no place for functions, so the public verbs are hung on it here (`record` in qgen/engine.py).
+for _verb in (save, load):
+    setattr(sys.modules["qgen.calibration"], _verb.__name__, _verb)
