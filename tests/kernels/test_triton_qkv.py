@@ -1,0 +1,144 @@
+"""Triton's q, k, v preparation against the reference's: codes and scales bit for bit, means to float32 accuracy."""
+
+import interpreter
+import numpy as np
+import pytest
+import torch
+
+interpreter.needed()
+
+import triton
+import triton.language as tl
+
+from qgen.formats import packing
+from qgen.formats.fp4 import E2M1
+from qgen.kernels import attention_reference as reference
+from qgen.kernels import triton_qkv
+from qgen.kernels.attention_ops import SPECS
+from qgen.kernels.triton_qkv import E2M1X2, e2m1_pairs, prepare
+
+EXACT = ("q", "q_blocks", "q_scale", "k", "k_blocks", "k_scale", "v", "v_blocks", "v_scale")
+
+
+def e2m1_model(low, high):
+    """Numpy model of the instruction: table lookup by qgen.formats."""
+    low, high = (E2M1.encode(torch.from_numpy(np.ascontiguousarray(x))) for x in (low, high))
+    return ((low | high << 4).numpy(),)
+
+
+interpreter.register_asm(E2M1X2, e2m1_model)
+
+
+@pytest.fixture(autouse=True)
+def loud_memory(monkeypatch):
+    """Fresh memory holds 0x7F in every byte: NaN in e4m3, 3e38 in float32, 127 in int8. What a kernel leaves unwritten shows."""
+    empty = torch.empty
+
+    def loud(*args, **kwargs):
+        new = empty(*args, **kwargs)
+        if type(new) is torch.Tensor and new.dim() and new.is_contiguous():
+            new.view(torch.uint8).fill_(0x7F)
+        return new
+
+    monkeypatch.setattr(torch, "empty", loud)
+
+
+def inputs(lq, lk, h, hkv, d, dtype):
+    """Gaussian q, k, v with offsets, laid out in memory as (B, L, H, D), as models have them."""
+    q, k, v = torch.randn(2, lq, h, d), torch.randn(2, lk, hkv, d), torch.randn(2, lk, hkv, d)
+    q, k = q + torch.randn(2, 1, h, d), k + 3 * torch.randn(2, 1, hkv, d)
+    return [t.to(dtype).transpose(1, 2) for t in (q, k, v)]
+
+
+def compare(q, k, v, spec, smooth_k=True, smooth_q=False, v_max=448.0, asm=False):
+    """Prepares with both, the reference with the kernel's mean of k, and compares every tensor."""
+    sums = []
+    original = triton_qkv._keys
+
+    class Spy:  # sees the mean that the kernel subtracts
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (sums.append(args[2]), original[grid](*args, **kwargs))
+
+    triton_qkv._keys = Spy()
+    try:
+        found = prepare(q, k, v, 0.11, spec, smooth_k, smooth_q, v_max, asm)
+    finally:
+        triton_qkv._keys = original
+    wanted = reference.prepare(q, k, v, 0.11, spec, smooth_k, smooth_q, v_max, sums[0])
+    if smooth_k:
+        assert torch.allclose(sums[0], k.float().mean(2), rtol=1e-5, atol=1e-6)
+    for name in EXACT:
+        a, b = getattr(found, name), getattr(wanted, name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert a.dtype == b.dtype and a.is_contiguous(), name
+            different = (a.view(torch.uint8) != b.view(torch.uint8)).float().mean().item()
+            assert a.shape == b.shape and different == 0, f"{name}: {different:.2%} of the bytes differ"
+    for name in ("delta", "shift"):
+        a, b = getattr(found, name), getattr(wanted, name)
+        assert (a is None) == (b is None), name
+        assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4), name
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("lq, lk, h, hkv, d", [(200, 333, 4, 2, 64), (1, 63, 2, 2, 96), (130, 1, 8, 1, 128)], ids=str)
+def test_codes_equal_the_reference(spec, dtype, lq, lk, h, hkv, d):
+    compare(*inputs(lq, lk, h, hkv, d, dtype), spec, smooth_q=spec == "fp4")
+
+
+@pytest.mark.parametrize("spec", ["int8", "fp4"])
+@pytest.mark.parametrize("smooth_k", [False, True], ids=["plain", "smooth_k"])
+@pytest.mark.parametrize("smooth_q", [False, True], ids=["plain", "smooth_q"])
+def test_smoothing(spec, smooth_k, smooth_q):
+    compare(*inputs(200, 130, 2, 1, 64, torch.bfloat16), spec, smooth_k, smooth_q)
+
+
+def test_mean_over_several_chunks():
+    q, k, v = inputs(1, 1030, 1, 1, 64, torch.bfloat16)
+    compare(q, k, v, "int8")
+
+
+def test_range_of_values_for_float16_sums():
+    found = compare(*inputs(64, 130, 2, 2, 64, torch.bfloat16), "int8_fp8", v_max=2.25)
+    assert found.v.float().abs().max() == 2.25
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_zeros_and_huge_values(spec):
+    q, k, v = (t.clone() for t in inputs(130, 200, 2, 2, 64, torch.bfloat16))
+    q[:, :, 5], k[:, :, 64:128], v[..., 7], v[..., 9] = 0, 0, 0, 1e5
+    found = compare(q, k, v, spec, smooth_k=False)
+    assert all(t.float().isfinite().all() for t in (found.v, found.v_scale, found.q_scale, found.k_scale))
+    assert not found.q[:, :, 5].any() and not found.k[:, :, 64:128].any()
+
+
+def test_instruction_equals_plain_operations():
+    q, k, v = inputs(130, 130, 2, 2, 64, torch.bfloat16)
+    plain, asm = (prepare(q, k, v, 0.1, "fp4", smooth_q=True, asm=on) for on in (False, True))
+    for name in EXACT:
+        assert torch.equal(getattr(plain, name).view(torch.uint8), getattr(asm, name).view(torch.uint8)), name
+
+
+@triton.jit
+def _pairs(X, Y, CODES, N: tl.constexpr, ASM: tl.constexpr):
+    r = tl.arange(0, N)
+    tl.store(CODES + r, e2m1_pairs(tl.load(X + r), tl.load(Y + r), ASM))
+
+
+@pytest.mark.parametrize("asm", [False, True], ids=["plain", "asm"])
+def test_e2m1_of_all_codes_midpoints_and_beyond(asm):
+    edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 7.0, 1e30])
+    near = torch.cat([edges, torch.nextafter(edges, torch.tensor(9.0)), torch.nextafter(edges, torch.tensor(-9.0))])
+    x = torch.cat([near, -near, 3 * torch.randn(1024 - 2 * len(near))])
+    y, codes = x.flip(0).contiguous(), torch.empty(1024, dtype=torch.uint8)
+    _pairs[(1,)](x, y, codes, N=1024, ASM=asm)
+    assert torch.equal(packing.unpack(codes, 4), torch.stack([E2M1.encode(x), E2M1.encode(y)], -1).flatten())
+
+
+def test_inputs_are_not_touched():
+    tensors = inputs(70, 90, 2, 2, 64, torch.bfloat16)
+    kept = [t.clone() for t in tensors]
+    prepare(*tensors, 0.1, "fp4", smooth_q=True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
