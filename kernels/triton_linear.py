@@ -1,0 +1,454 @@
+r"""Linear layers on 8-bit integer tensor cores, for 4- and 8-bit integer weights; two launches per layer.
+
+    y = act( Σ_g s_a · s_w · (a_g · w_g) + h upᵀ + zeros · sumsᵀ + bias ),        h = x downᵀ
+
+The activation kernel (`triton_act`) makes the codes a, their scales, h and zeros; the kernel here does the rest. K
+runs in groups of 64: two integer products of 32 columns, one for low and one for high nibbles (`layouts`:
+half-split). One product of 64 would cost four times the instructions on sm_8x, where Triton carries 8-bit operands
+across iterations.
+
+| weight | activation | scales | in the loop |
+|---|---|---|---|
+| int4_s8 | int8_row | per row of x, per row of w | integers alone: a nibble becomes (u − 8) · subscale, one multiply
+per four | | int4 | int8_row | per row of x, per group of w | one FMA per output and group | | int4 | int4, uint4p,
+uint4 per group | per group of both | one multiply and one FMA per output and group | | int8_row | int8_row | per row
+of both | integers alone |
+
+Nibbles keep their place in the byte: 16 q (signed: low = b << 4, high = b & 0xF0) or 8 u (unsigned). The weight's 16 is
+folded into its stored scale, the activation's 16 or 8 is divided out at the end. Sums of one group start at 1.5 · 2²³
+as an integer, so that their bits read as a float are that number plus the sum: no conversion. |sum| ≤ 64 · 128 · 128
+= 2²⁰ < 2²². The low-rank product joins after dequantization, in the float32 accumulator. uint4 activations have
+zeros, u · scale + zero, and their sums S of the dequantized weight per group are two bf16 parts in one more low-rank
+product.
+
+Sub-scales: Lin et al., QServe, 2024, https://arxiv.org/abs/2405.04532. Fused low rank: https://arxiv.org/abs/2411.05007
+"""
+
+__all__ = ["ACTIVATIONS", "NAMES", "aot_cases", "gemm", "linear", "pack", "unpack"]
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qgen import formats
+from qgen.kernels import layouts, tuning
+from qgen.kernels.aot_case import AotCase
+from qgen.kernels.layouts import GROUP
+from qgen.kernels.registry import Ask, Kernel, Needs, register
+from qgen.kernels.triton_act import MAX_RANK, Activations, quantize_act
+from qgen.kernels.triton_producers import gelu_tanh, silu
+
+ACTIVATIONS = ("none", "gelu_tanh", "silu")
+CARRIED_BY_WEIGHT = 16  # the kernel's integers of an int4 weight with group scales are 16 q
+_ROWS_OF_TILES = 8  # tiles of this many rows run side by side, so that the weight's tiles stay in the L2 cache
+
+_KIND_A = {"int8_row": "int8", "int4_g64": "int4", "uint4p_g64": "uint4", "uint4_g64": "uint4"}
+_MAGIC_BITS = tl.constexpr(0x4B400000)  # float32 1.5 · 2²³
+_MAGIC = tl.constexpr(12582912.0)
+
+# Four bytes of two nibbles each: 16 q from two's complement …
+SIGNED_ASM = tl.constexpr("""{ .reg .b32 t;
+    shl.b32 t, $2, 4; and.b32 $0, t, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }""")
+# … 8 u from unsigned …
+UNSIGNED_ASM = tl.constexpr("""{ .reg .b32 t;
+    shl.b32 t, $2, 3; and.b32 $0, t, 0x78787878; shr.u32 t, $2, 1; and.b32 $1, t, 0x78787878; }""")
+# … and (u − 8) s from offset binary and a sub-scale s of 1 to 16: u s + (128 − 8 s) fits a byte, so that four bytes
+# share one multiplication without carries; flipping the top bit then subtracts the 128.
+SUBSCALE_ASM = tl.constexpr("""{ .reg .b32 l, h, c;
+    and.b32 l, $2, 0x0F0F0F0F; shr.u32 h, $2, 4; and.b32 h, h, 0x0F0F0F0F;
+    mad.lo.u32 c, $3, 0xF7F7F7F8, 0x80808080;
+    mad.lo.u32 l, l, $3, c; mad.lo.u32 h, h, $3, c;
+    xor.b32 $0, l, 0x80808080; xor.b32 $1, h, 0x80808080; }""")
+
+
+@triton.jit
+def _signed(b, ASM: tl.constexpr):
+    """Bytes of two two's complement nibbles to int8 tensors 16 · low and 16 · high."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            SIGNED_ASM, "=&r,=&r,r", [b], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        low, high = (b << 4).to(tl.int8, bitcast=True), (b & 0xF0).to(tl.int8, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _unsigned(b, ASM: tl.constexpr):
+    """Bytes of two unsigned nibbles to int8 tensors 8 · low and 8 · high."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            UNSIGNED_ASM, "=&r,=&r,r", [b], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        low, high = ((b << 3) & 0x78).to(tl.int8, bitcast=True), ((b >> 1) & 0x78).to(tl.int8, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _subscaled(b, s, ASM: tl.constexpr):
+    """Bytes of two offset binary nibbles and int32 sub-scales to int8 tensors (low − 8) · s and (high − 8) · s."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            SUBSCALE_ASM, "=&r,=&r,r,r,r,r,r", [b, s], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        low = (((b & 15).to(tl.int32) - 8) * s).to(tl.int8)
+        high = (((b >> 4).to(tl.int32) - 8) * s).to(tl.int8)
+    return low, high
+
+
+@triton.jit
+def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, HEIGHT: tl.constexpr):
+    """Row and column of the tile of program pid: HEIGHT rows of tiles are done together, column by column."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = pid // (HEIGHT * tiles_n) * HEIGHT
+    height = min(tiles_m - first, HEIGHT)
+    inside = pid % (HEIGHT * tiles_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def low_rank(out, h, up, rows, cols, R, RP: tl.constexpr):
+    """out + h upᵀ for h (M, RP) and up (N, R); in bfloat16 if both are, else in TF32."""
+    RB: tl.constexpr = 64 if RP > 64 else RP
+    for r0 in tl.static_range(0, RP, RB):
+        r = r0 + tl.arange(0, RB)
+        left = tl.load(h + rows[:, None] * RP + r[None, :])
+        right = tl.load(up + cols[None, :] * R + r[:, None], mask=(r < R)[:, None], other=0.0)
+        out = tl.dot(left, right.to(left.dtype), out)
+    return out
+
+
+@triton.jit
+def zero_points(out, zeros, sums, rows, cols, G, N):
+    """out + zeros · sums for zeros (M, G) bf16 and sums (G, N) float32, split in two bf16 parts."""
+    for g0 in tl.range(0, G, 16, num_stages=1):  # pipelined, it spills on sm_80
+        g = g0 + tl.arange(0, 16)
+        z = tl.load(zeros + rows[:, None] * G + g[None, :], mask=(g < G)[None, :], other=0.0)
+        s = tl.load(sums + g[:, None] * N + cols[None, :], mask=(g < G)[:, None], other=0.0)
+        high = s.to(tl.bfloat16)
+        out = tl.dot(z, high, out)
+        out = tl.dot(z, (s - high.to(tl.float32)).to(tl.bfloat16), out)
+    return out
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """none, gelu_tanh or silu of a float32 tile."""
+    if ACTIVATION == "gelu_tanh":
+        x = gelu_tanh(x)
+    elif ACTIVATION == "silu":
+        x = silu(x)
+    return x
+
+
+@triton.jit
+def integer_tile(
+    start, a, a_scale, w, w_scale, sub, rows, cols, M, N, K, A: tl.constexpr, W: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Σ_k of dequantized codes for rows (BM,) and cols (BN,), which must lie within M and N; float32 (BM, BN).
+
+    A: "int8", "int4" (signed groups) or "uint4". W: "sub4", "group4" or "row8". K counts columns of the weight; a has
+    ⌈K / 64⌉ whole groups. start: (BM, BN) float32 that joins the sum where A is in groups, else None.
+    """
+    k = tl.arange(0, 32)
+    A_BYTES: tl.constexpr = 64 if A == "int8" else 32
+    W_STEP: tl.constexpr = 64 if W == "row8" else 32
+    a_at = a + rows[:, None] * A_BYTES + k[None, :]
+    w_at = w + cols[None, :] * (K if W == "row8" else 32) + k[:, None]
+    vector_at = (sub if W == "sub4" else w_scale) + cols
+    a_scale_at = a_scale + rows
+    FLOAT: tl.constexpr = W == "group4"
+    CARRIED: tl.constexpr = 16.0 if A == "int4" else 8.0
+    if start is not None:  # noqa: SIM108 - Triton compiles one of the branches, whose types differ
+        total = start * CARRIED
+    else:
+        total = tl.zeros((BM, BN), dtype=tl.float32 if FLOAT else tl.int32)
+    for g in range(0, tl.cdiv(K, 64)):
+        if A == "int8":
+            a_low, a_high = tl.load(a_at), tl.load(a_at + 32)
+        elif A == "int4":
+            a_low, a_high = _signed(tl.load(a_at), ASM)
+        else:
+            a_low, a_high = _unsigned(tl.load(a_at), ASM)
+        if W == "row8":
+            if EVEN_K:
+                w_low, w_high = tl.load(w_at), tl.load(w_at + 32)
+            else:
+                left = K - g * 64
+                w_low = tl.load(w_at, mask=(k < left)[:, None], other=0)
+                w_high = tl.load(w_at + 32, mask=(k + 32 < left)[:, None], other=0)
+        elif W == "sub4":
+            s = tl.load(vector_at)
+            w_low, w_high = _subscaled(tl.load(w_at), tl.broadcast_to(s[None, :], (32, BN)), ASM)
+        else:
+            w_low, w_high = _signed(tl.load(w_at), ASM)
+        if FLOAT:
+            s_w = tl.load(vector_at)
+            part = tl.full((BM, BN), _MAGIC_BITS, dtype=tl.int32)
+            part = tl.dot(a_high, w_high, tl.dot(a_low, w_low, part))
+            part = part.to(tl.float32, bitcast=True) - _MAGIC
+            if A == "int8":
+                total += part * s_w[None, :]
+            else:
+                total += (part * tl.load(a_scale_at)[:, None]) * s_w[None, :]
+        else:
+            total = tl.dot(a_high, w_high, tl.dot(a_low, w_low, total))
+        a_at += M * A_BYTES
+        a_scale_at += M
+        w_at += W_STEP if W == "row8" else N * 32
+        vector_at += N
+    out = total.to(tl.float32)
+    if A == "int8":  # noqa: SIM108
+        out = out * tl.load(a_scale + rows)[:, None]
+    else:
+        out = out * (1.0 / CARRIED)
+    if W != "group4":
+        out = out * tl.load(w_scale + cols)[None, :]
+    return out
+
+
+@triton.jit
+def _gemm(
+    a, a_scale, zeros, h, w, w_scale, sub, sums, up, bias, y, M, N, K, R,
+    A: tl.constexpr, W: tl.constexpr, EVEN_K: tl.constexpr, RP: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HEIGHT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One tile (BM, BN) of y (M, N). Rows and columns that do not exist wrap around and are not stored."""
+    pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, HEIGHT)
+    rm, rn = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    rows, cols = (rm % M).to(tl.int64), (rn % N).to(tl.int64)
+    if zeros is not None:  # noqa: SIM108 - first, when registers are still free
+        start = zero_points(tl.zeros((BM, BN), dtype=tl.float32), zeros, sums, rows, cols, K // 64, N)
+    else:
+        start = None
+    out = integer_tile(start, a, a_scale, w, w_scale, sub, rows, cols, M, N, K, A, W, EVEN_K, BM, BN, ASM)
+    if RP > 0:
+        out = low_rank(out, h, up, rows, cols, R, RP)
+    if bias is not None:
+        out += tl.load(bias + cols).to(tl.float32)[None, :]
+    out = activate(out, ACTIVATION)
+    at = y + rm.to(tl.int64)[:, None] * N + rn[None, :]
+    tl.store(at, out.to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+
+
+def gemm(
+    a: Activations,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    weight_format: str,
+    act: str,
+    n: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+    asm: bool | None = None,
+) -> Tensor:
+    """Quantized activations times a packed weight: y (M, N) of `dtype`; one launch.
+
+    codes, scales, global_scale: as `pack` leaves them. up (N, R), bias (N,): canonical. activation: one of ACTIVATIONS.
+    asm: whether nibbles are unpacked by inline PTX; None = on NVIDIA.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activations of the epilogue are {', '.join(ACTIVATIONS)}, found {activation!r}")
+    y = torch.empty(a.m, n, dtype=dtype, device=codes.device)
+    if a.m == 0:
+        return y
+    capability = tuning.capability_of(codes.device)
+    config = tuning.launch("linear", capability, a.m)
+    grid = (triton.cdiv(a.m, config.bm) * triton.cdiv(n, config.bn),)
+    with torch.cuda.device_of(codes):
+        _gemm[grid](
+            *operands(a, codes, scales, global_scale, up, bias), y, a.m, n, columns(codes),
+            0 if up is None else up.shape[1], A=_KIND_A[act], W=_kind_w(weight_format),
+            EVEN_K=columns(codes) % GROUP == 0, RP=0 if a.h is None else a.h.shape[1], ACTIVATION=activation,
+            BM=config.bm, BN=config.bn, HEIGHT=_ROWS_OF_TILES,
+            ASM=isinstance(capability, tuple) if asm is None else asm, **config.options,
+        )  # fmt: skip
+    return y
+
+
+def operands(
+    a: Activations, codes: Tensor, scales: Tensor, global_scale: Tensor | None, up: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The first ten arguments of the kernels here, from what `pack` leaves."""
+    if codes.ndim == 2:  # int8_row
+        codes, w_scale, sub, sums = codes.view(torch.int8), scales, None, None
+    elif global_scale is not None:  # int4_s8
+        w_scale, sub, sums = global_scale, scales, None
+    else:
+        w_scale, sub, sums = (scales[0], None, scales[1]) if scales.ndim == 3 else (scales, None, None)
+    return (a.codes, a.scales, a.zeros, a.h, codes, w_scale, sub, sums, up, bias)
+
+
+def columns(codes: Tensor) -> int:
+    """Columns Kp of a packed weight."""
+    return codes.shape[0] * GROUP if codes.ndim == 3 else codes.shape[1]
+
+
+def _kind_w(weight_format: str) -> str:
+    if weight_format.startswith("int4_s8"):
+        return "sub4"
+    return "row8" if weight_format == "int8_row" else "group4"
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor | None,
+    zero: Tensor | None,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    act_scale: Tensor | None,
+    weight_format: str,
+    act: str,
+    n: int,
+    hadamard: int,
+) -> Tensor:
+    """`reference.linear` for packed tensors: x (…, K) to y (…, N), two launches."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    kp = layouts.round_up(columns(codes), GROUP)
+    a = quantize_act(rows, act, kp, smooth, shift, down, hadamard)
+    y = gemm(a, codes, scales, global_scale, up, bias, weight_format, act, n, x.dtype)
+    return y.view(*x.shape[:-1], n)
+
+
+def pack(slots: dict[str, Tensor], ask: Ask) -> dict[str, Tensor]:
+    """Canonical tensors to what `linear` reads; see `unpack` for the way back.
+
+    int4 codes become group-major (offset binary where they have sub-scales), their scales (K / 64, N): int32
+    sub-scales, or float32 divided by the 16 that the kernel's integers carry. For uint4 activations they are (2, K /
+    64, N), the second part the sums over each group of the dequantized weight. int8_row stays as it is. Raises
+    ValueError for a rank above 256.
+    """
+    if ask.rank > MAX_RANK:
+        raise ValueError(
+            f"this kernel serves a low-rank branch up to rank {MAX_RANK}, found {ask.rank}; use 'reference'"
+        )
+    if ask.weight == "int8_row":
+        return slots
+    fmt = formats.get(ask.weight)
+    codes, scales = slots["codes"], layouts.grouped_scales(slots["scales"], fmt.block)
+    groups = layouts.codes_to_groups(codes, 4)
+    if ask.weight.startswith("int4_s8"):
+        return {**slots, "codes": layouts.offset_binary(groups), "scales": scales.int()}
+    scales = scales.float()
+    folded = scales / CARRIED_BY_WEIGHT
+    if ask.act == "uint4_g64":
+        q = layouts.codes_to_groups(layouts.offset_binary(codes), 4)  # u = q + 8
+        sums = ((q & 15).sum(-1) + (q >> 4).sum(-1) - 8 * GROUP).float() * scales
+        folded = torch.stack([folded, sums])
+    return {**slots, "codes": groups, "scales": folded}
+
+
+def unpack(slots: dict[str, Tensor], ask: Ask) -> dict[str, Tensor]:
+    """The exact inverse of `pack`: powers of two lose nothing. The format of the activations is not looked at."""
+    if ask.weight == "int8_row":
+        return slots
+    fmt = formats.get(ask.weight)
+    codes, scales = slots["codes"], slots["scales"]
+    if ask.weight.startswith("int4_s8"):
+        codes = layouts.offset_binary(codes)
+    else:
+        scales = (scales[0] if scales.ndim == 3 else scales) * CARRIED_BY_WEIGHT
+    scales = layouts.scales_from_groups(scales.to(fmt.scale_dtype), fmt.block)
+    return {**slots, "codes": layouts.codes_from_groups(codes, 4), "scales": scales}
+
+
+_SERVED = {
+    "triton_w4s_a8": (("int4_s8_g64", "int4_s8_g128"), ("int8_row",), 20),
+    "triton_w8a8": (("int8_row",), ("int8_row",), 20),
+    "triton_w4a8": (("int4_g64", "int4_g128"), ("int8_row",), 10),
+    "triton_w4a4": (("int4_g64", "int4_g128"), ("int4_g64", "uint4p_g64", "uint4_g64"), 10),
+}
+NAMES = tuple(_SERVED)
+
+
+def _register() -> None:
+    """Under Triton's interpreter the kernels also serve the CPU, at a priority below the reference: only by name."""
+    interpreted = triton.knobs.runtime.interpret
+    common = {
+        "devices": ("cuda", "hip", "cpu") if interpreted else ("cuda", "hip"),
+        "capability": ((8, 0), (12, 1)),
+        "archs": ("gfx942",),
+        "dtypes": (torch.bfloat16, torch.float16, torch.float32),
+        "package": "triton",
+        "refuses": frozenset({"static_act"}),
+    }
+    for name, (weights, acts, priority) in _SERVED.items():
+        needs = Needs(weights=weights, acts=acts, **common)
+        register(Kernel("linear", name, needs, linear, -200 if interpreted else priority, pack, unpack))
+
+
+_register()
+
+
+def aot_cases() -> list[AotCase]:
+    """The four kinds of operands with 128 x 128 tiles, rank 32 and bias; one small M; zero points."""
+    cases = [
+        _case("w4s_a8", "int8", "sub4"),
+        _case("w4_a8", "int8", "group4"),
+        _case("w4_a4", "int4", "group4"),
+        _case("w4_a4u", "uint4", "group4", zeros=True),
+        _case("w8_a8", "int8", "row8"),
+        _case("w4s_a8_m16", "int8", "sub4", m=16),
+        _case("w4s_a8_gelu", "int8", "sub4", activation="gelu_tanh"),
+        _case("w4s_a8_fp16", "int8", "sub4", dtype="fp16"),
+        _case("w4s_a8_fp32", "int8", "sub4", dtype="fp32"),
+        _case("w4s_a8_amd", "int8", "sub4", m=64, amd=True),
+    ]
+    return cases
+
+
+def _case(
+    name: str, a: str, w: str, zeros: bool = False, m: int = 4096, activation: str = "none", dtype: str = "bf16",
+    amd: bool = False,
+) -> AotCase:  # fmt: skip
+    targets = (("hip", "gfx942"),) if amd else tuple(("cuda", cc) for cc in (80, 86, 89, 90, 100, 120))
+    config = tuning.launch("linear", None, m)
+    p = f"*{dtype}"
+    tensors = {
+        "a": "*i8" if a == "int8" else "*u8", "a_scale": "*fp32", "zeros": "*bf16" if zeros else None,
+        "h": "*bf16" if dtype == "bf16" else "*fp32", "w": "*i8" if w == "row8" else "*u8", "w_scale": "*fp32",
+        "sub": "*i32" if w == "sub4" else None, "sums": "*fp32" if zeros else None, "up": p, "bias": p, "y": p,
+    }  # fmt: skip
+    signature = {n: t for n, t in tensors.items() if t} | dict.fromkeys("MNKR", "i32")
+    constexprs = {n: None for n, t in tensors.items() if not t} | {
+        "A": a, "W": w, "EVEN_K": True, "RP": 32, "ACTIVATION": activation, "BM": config.bm, "BN": config.bn,
+        "HEIGHT": _ROWS_OF_TILES, "ASM": not amd,
+    }  # fmt: skip
+    return AotCase(
+        f"linear/{name}",
+        _gemm,
+        signature=signature,
+        constexprs=constexprs,
+        divisible=tuple(signature),
+        options=config.options,
+        targets=targets,
+        macs={"s8": config.bm * config.bn * 64}
+        if name in _LOOPS and not zeros
+        else {},  # with zeros there are two loops
+        tile=(config.bm, config.bn),
+        budget={("cuda", cc): round(1.08 * n) for cc, n in _LOOPS.get(name, {}).items()},
+    )
+
+
+# Instructions in the loop of the prototypes these kernels were grown from, Triton 3.8.0: a lost optimization costs
+# far more.
+_LOOPS = {
+    "w4s_a8": {80: 243, 86: 243, 89: 243, 90: 110, 120: 238},
+    "w4_a8": {80: 335, 86: 335, 89: 331, 90: 337},
+    "w4_a4": {80: 407, 86: 409, 89: 409, 90: 413},
+    "w4_a4u": {80: 423, 86: 425, 89: 425, 90: 429},
+    "w8_a8": {80: 82, 86: 82, 89: 82, 90: 82},
+}
