@@ -13,7 +13,7 @@ STAMP := $(VENV)/.ready
 NAMESPACES := kernels calibration nodes
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types format bench wheel clean
+.PHONY: help venv demo test lint types format aot bench wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,6 +47,9 @@ types: $(STAMP) ## the type checker alone
 format: $(STAMP) ## ruff's own corrections
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+aot: $(STAMP) ## compiles every kernel for every target and checks instructions, registers and spills; no GPU needed
+	$(BIN)/python -m qgen.kernels.aot --jobs 2
 
 bench: $(STAMP) ## kernels: correctness first, then time on this machine; BENCH_ARGS="attention"
 	$(BIN)/python -m qgen.kernels.bench $(BENCH_ARGS)
