@@ -9,16 +9,13 @@ import torch
 from qgen.errors import unknown
 from qgen.methods.awq import AWQ
 from qgen.methods.bias import BiasCorrection
-from qgen.methods.clip import Clip
 from qgen.methods.gptq import GPTQ
 from qgen.methods.lowrank import LowRank
 from qgen.methods.reconstruct import Reconstruct
 from qgen.methods.smooth import Smooth
 from qgen.recipe import Recipe, Rule, Spec
 
-_REFINE = (GPTQ(), Reconstruct(), BiasCorrection())
-_SVDQUANT = (Smooth(), LowRank(32, rounds=1), *_REFINE)
-_SVDQUANT_INT = (Smooth(), LowRank(32, rounds=1), Clip(), *_REFINE)  # clipping e2m1 blocks gains nothing
+_SVDQUANT = (Smooth(), LowRank(32, rounds=1), GPTQ(), Reconstruct(rounds=1), BiasCorrection())
 _OUTSIDE = Rule("*", None, role="outside", why="embedder or head, outside the repeated blocks")
 _VECTOR = Rule(
     "*",
@@ -33,15 +30,15 @@ _RULES = (_VECTOR, _OUTSIDE, _NARROW)
 def _recipes() -> dict[str, Recipe]:
     made = {
         "svdquant-int4": (
-            Spec("int4_g64", "uint4_g64", _SVDQUANT_INT),
+            Spec("int4_g64", "uint4_g64", _SVDQUANT),
             "W4A4, integer: smoothing, rank 32, GPTQ, zero points",
         ),
         "svdquant-nvfp4": (Spec("nvfp4", "nvfp4_dynamic", _SVDQUANT), "W4A4, NVFP4: smoothing, rank 32, GPTQ"),
         "w4a8": (
-            Spec("int4_s8_g64", "int8_row", _SVDQUANT_INT),
+            Spec("int4_s8_g64", "int8_row", _SVDQUANT),
             "4-bit weights with integer sub-scales, 8-bit activations, rank 32",
         ),
-        "w4a16": (Spec("int4_g64", None, (AWQ(), *_SVDQUANT_INT[1:])), "4-bit weights, 16-bit activations, rank 32"),
+        "w4a16": (Spec("int4_g64", None, (AWQ(), *_SVDQUANT[1:])), "4-bit weights, 16-bit activations, rank 32"),
         "w8a8": (Spec("int8_row", "int8_row", (Smooth(),)), "8-bit integers"),
         "fp8": (Spec("fp8_e4m3_row", "fp8_e4m3_row"), "8-bit floats, no calibration"),
         "rtn-int4": (Spec("int4_g64", "int4_g64"), "W4A4 rounded to nearest, no calibration: the baseline"),

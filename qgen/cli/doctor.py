@@ -11,7 +11,10 @@ def doctor(
     ] = None,
 ) -> None:
     """Say which kernels this machine would run, and why not better ones."""
+    from qgen import recipes
     from qgen.cli.common import device_of
     from qgen.kernels import doctor as examine
 
-    typer.echo(examine.report(device=device and device_of(device)))
+    specs = {name: recipes.get(name).default for name in recipes.names() if name != "auto"}
+    pairs = {name: (spec.weight, spec.act or "") for name, spec in specs.items() if spec}
+    typer.echo(examine.report(pairs, device=device and device_of(device)))

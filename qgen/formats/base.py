@@ -53,6 +53,10 @@ class Element:
         """Codes (…) uint8 to values (…) of `dtype`."""
         return _table(self, dtype, codes.device)[codes.long()]
 
+    def round(self, x: Tensor) -> Tensor:
+        """Values (…) to the nearest values of the grid, (…) float32: `decode(encode(x))`."""
+        return self.decode(self.encode(x))
+
     def encode(self, x: Tensor) -> Tensor:
         """Values (…) to the nearest codes (…) uint8, ties to even, saturating. NaN becomes the code of the largest value."""
         _, mid, codes, even = _grid(self, x.device)

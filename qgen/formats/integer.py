@@ -25,6 +25,9 @@ class Integer(Element):
         rounded = x.float().nan_to_num(nan=self.max).round_().clamp_(self.min, self.max)
         return rounded.to(torch.int16).to(torch.uint8).bitwise_and_((1 << self.bits) - 1)
 
+    def round(self, x: Tensor) -> Tensor:
+        return x.float().nan_to_num(nan=self.max).round_().clamp_(self.min, self.max)
+
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if not self.signed:
             return codes.to(dtype)

@@ -1,8 +1,10 @@
 r"""GPTQ: rounds columns one by one, pushing each column's error into those still unrounded.
 
 Minimizes tr((W − Q) H (W − Q)ᵀ), H = mean of x̂ x̂ᵀ over calibration rows in the basis of the target, with the noise of quantized
-activations added to its diagonal. Few prompts make H overfit: several dampings (a multiple of the mean diagonal, added to it) are tried,
-and the one with the smallest error on held-out rows is kept. Columns are taken by descending diagonal; scales are fixed before the first one.
+activations added to its diagonal. Few prompts make H overfit: dampings (a multiple of the mean diagonal, added to it) are tried in
+ascending order, and the one with the smallest error on held-out rows is kept. Columns are taken by descending diagonal; scales are fixed
+before the first one. Tried and dropped: aiming at W G H⁻¹, the weight that serves *rounded* inputs best, lowers the error of single layers
+by 0.5 dB and costs 0.4 dB of PSNR at the pictures, since what it shrinks away is the same at every step and adds up.
 Frantar et al., 2022, https://arxiv.org/abs/2210.17323
 """
 
@@ -35,7 +37,7 @@ class GPTQ:
 
     name: ClassVar[str] = "gptq"
     optional: ClassVar[bool] = True
-    damps: tuple[float, ...] = (0.002, 0.02, 0.1, 0.5)
+    damps: tuple[float, ...] = (0.02, 0.1, 0.5)
     gap: float = 0.05
     block: int = 128
 
@@ -48,7 +50,7 @@ class GPTQ:
         chosen, least = draft, math.inf
         for damp in sorted(self.damps):
             damped = factor(draft, stats, damp)
-            code = round_with(wiener(target, draft, stats, damped), damped, fmt, draft.clip, self.block)
+            code = round_with(target, damped, fmt, draft.clip, self.block)
             rounded = replace(draft, qweight=code).noted(damp=damp)
             error = stats.judge.error(rounded)
             if not error < least:
@@ -106,20 +108,6 @@ def noise(draft: Draft, stats: Stats) -> Tensor:
     return stats.cache[key]
 
 
-def wiener(target: Tensor, draft: Draft, stats: Stats, factor: Factor) -> Tensor:
-    """The weight that serves *rounded* inputs best: T* = T G (G + D)⁻¹ = T − (T D) H⁻¹, D the diagonal of their noise.
-
-    Inputs live in few directions, their rounding noise in all: where the noise outweighs the signal, T* lets go of both. The expected
-    squared error of the output is tr((Q − T*) H (Q − T*)ᵀ) and a constant, so rounding T* with H is all that changes.
-    """
-    if not draft.act:
-        return target
-    scaled = (target * noise(draft, stats))[:, factor.order] @ factor.upper.T @ factor.upper
-    out = target.clone()
-    out[:, factor.order] -= scaled
-    return out
-
-
 def gptq(
     weight: Tensor, gram: Tensor, fmt: NumberFormat, damp: float = 0.01, clip: Tensor | float = 1.0, block: int = 128
 ) -> QTensor:
@@ -153,23 +141,27 @@ def round_with(weight: Tensor, factor: Factor, fmt: NumberFormat, clip: Tensor |
     step = fmt.step(base.scales, base.global_scale).expand(n, k // width).T.contiguous()[group]  # (K, N)
     zero = None if base.zero is None else base.zero.float().T.contiguous()[group]
     inverse = torch.where(step > 0, 1 / step, 0.0)
-    w, codes = weight[:, order].clone(), torch.empty(k, n, dtype=torch.uint8, device=weight.device)
+    w, values = (
+        weight[:, order].clone(),
+        torch.empty(k, n, device=weight.device),
+    )  # values: on the grid, in units of a step
     for start in range(0, k, block):
         stop = min(start + block, k)
         local = w[:, start:stop].T.contiguous()  # (columns, N)
         errors = torch.empty_like(local)
         triangle = upper[start:stop, start:stop]
+        scale = 1 / triangle.diagonal()
         for i in range(stop - start):
-            j = start + i
-            codes[j] = fmt.element.encode((local[i] if zero is None else local[i] - zero[j]) * inverse[j])
-            value = fmt.element.decode(codes[j]) * step[j]
-            errors[i] = (local[i] - (value if zero is None else value + zero[j])) / triangle[i, i]
+            j, column = start + i, local[i] if zero is None else local[i] - zero[start + i]
+            values[j] = fmt.element.round(column * inverse[j])
+            errors[i] = (column - values[j] * step[j]) * scale[i]
             if i + 1 < stop - start:
-                local[i + 1 :].sub_(torch.outer(triangle[i, i + 1 :], errors[i]))
+                local[i + 1 :].addr_(triangle[i, i + 1 :], errors[i], alpha=-1)
         w[:, stop:].sub_(errors.T @ upper[start:stop, stop:])
     back = torch.empty_like(order)
     back[order] = torch.arange(k, device=order.device)
-    return replace(base, codes=packing.pack(codes[back].T.contiguous(), fmt.bits))
+    codes = fmt.element.encode(values[back].T.contiguous())
+    return replace(base, codes=packing.pack(codes, fmt.bits))
 
 
 def cholesky(h: Tensor, damp: float) -> Tensor:

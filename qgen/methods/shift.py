@@ -1,7 +1,7 @@
 r"""Unsigned activations: after GELU or SiLU inputs are bounded below, so a shift by that bound lets codes be 0..15 and not −7..7.
 
-`Q(x + c) Wᵀ − c Σ_k W_k = x Wᵀ`: the constant folds into the bias; the low-rank branch sees the unshifted x. The spec's activation format must
-be unsigned without zero points (uint4p_*). Bounds: GELU 0.171875, SiLU 0.2734375, as SVDQuant and its checkpoints use.
+`Q(x + c) Wᵀ − c Σ_k W_k = x Wᵀ`: the constant folds into the bias; the low-rank branch sees the unshifted x. The spec's activation format
+must be unsigned without zero points (uint4p_*). Bounds: GELU 0.171875, SiLU 0.2734375, as SVDQuant and its checkpoints use.
 Li et al., 2024, https://arxiv.org/abs/2411.05007
 """
 

@@ -1,7 +1,7 @@
 r"""Smoothing: move outliers between activations and weights, `s_j = max|x_j|^α / max|w_j|^β`, `x Wᵀ = (x / s)(W s)ᵀ`.
 
-Each (α, β) is scored by the error of the layer's output, with the low-rank branch, rounding and quantized activations inside the loop; (0, 0),
-no smoothing, is always among the candidates, so that smoothing never hurts on the rows that judge it.
+Each (α, β) is scored by the error of the layer's output, with the low-rank branch, rounding and quantized activations inside the loop;
+(0, 0), no smoothing, is always among the candidates, so that smoothing never hurts on the rows that judge it.
 Xiao et al., 2022, https://arxiv.org/abs/2211.10438 · candidates as in SVDQuant, https://arxiv.org/abs/2411.05007
 """
 
@@ -28,7 +28,7 @@ class Smooth:
     """
 
     name: ClassVar[str] = "smooth"
-    alphas: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.75)
+    alphas: tuple[float, ...] = (0.3, 0.5, 0.7)
     judge_rows: int = 256
 
     def needs(self, site: Site) -> frozenset[str]:
