@@ -43,6 +43,14 @@ def needed() -> None:
     install()
 
 
+def e2m1_model(low, high):
+    """Numpy model of `cvt.rn.satfinite.e2m1x2.f32`: two floats to one byte, by the format's own encoder."""
+    from qgen.formats.fp4 import E2M1
+
+    low, high = (E2M1.encode(torch.from_numpy(np.ascontiguousarray(x))) for x in (low, high))
+    return ((low | high << 4).numpy(),)
+
+
 def register_asm(text, model: Callable) -> None:
     """`model` stands for the inline assembly `text` (a string or tl.constexpr): arrays in, tuple of arrays out,
     element by element.

@@ -3,14 +3,12 @@
 import math
 
 import interpreter
-import numpy as np
 import pytest
 import torch
 
 interpreter.needed()
 
 from qgen.errors import NoKernel
-from qgen.formats.fp4 import E2M1
 from qgen.kernels import attention_ops, registry
 from qgen.kernels import attention_reference as reference
 from qgen.kernels.registry import Ask
@@ -22,27 +20,10 @@ MODES = [("fp4_fp8", False), ("fp4_fp8", True), ("fp4", False)]
 MODE_IDS = ["fp4_fp8-acc32", "fp4_fp8-acc16", "fp4"]
 
 
-def e2m1_model(low, high):
-    """Numpy model of the conversion instruction: table lookup by qgen.formats."""
-    low, high = (E2M1.encode(torch.from_numpy(np.ascontiguousarray(x))) for x in (low, high))
-    return ((low | high << 4).numpy(),)
+interpreter.register_asm(E2M1X2, interpreter.e2m1_model)
 
 
-interpreter.register_asm(E2M1X2, e2m1_model)
-
-
-@pytest.fixture(autouse=True)
-def loud_memory(monkeypatch):
-    """Fresh memory holds 0x7F in every byte: NaN in e4m3, 3e38 in float32, 127 in int8. What a kernel leaves unwritten shows."""
-    empty = torch.empty
-
-    def loud(*args, **kwargs):
-        new = empty(*args, **kwargs)
-        if type(new) is torch.Tensor and new.dim() and new.is_contiguous():
-            new.view(torch.uint8).fill_(0x7F)
-        return new
-
-    monkeypatch.setattr(torch, "empty", loud)
+pytestmark = pytest.mark.usefixtures("loud_memory")
 
 
 def inputs(lq, lk, h=2, hkv=1, d=64, b=1, dtype=torch.bfloat16):

@@ -1,7 +1,6 @@
 """Triton's q, k, v preparation against the reference's: codes and scales bit for bit, means to float32 accuracy."""
 
 import interpreter
-import numpy as np
 import pytest
 import torch
 
@@ -20,27 +19,10 @@ from qgen.kernels.triton_qkv import E2M1X2, e2m1_pairs, prepare
 EXACT = ("q", "q_blocks", "q_scale", "k", "k_blocks", "k_scale", "v", "v_blocks", "v_scale")
 
 
-def e2m1_model(low, high):
-    """Numpy model of the instruction: table lookup by qgen.formats."""
-    low, high = (E2M1.encode(torch.from_numpy(np.ascontiguousarray(x))) for x in (low, high))
-    return ((low | high << 4).numpy(),)
+interpreter.register_asm(E2M1X2, interpreter.e2m1_model)
 
 
-interpreter.register_asm(E2M1X2, e2m1_model)
-
-
-@pytest.fixture(autouse=True)
-def loud_memory(monkeypatch):
-    """Fresh memory holds 0x7F in every byte: NaN in e4m3, 3e38 in float32, 127 in int8. What a kernel leaves unwritten shows."""
-    empty = torch.empty
-
-    def loud(*args, **kwargs):
-        new = empty(*args, **kwargs)
-        if type(new) is torch.Tensor and new.dim() and new.is_contiguous():
-            new.view(torch.uint8).fill_(0x7F)
-        return new
-
-    monkeypatch.setattr(torch, "empty", loud)
+pytestmark = pytest.mark.usefixtures("loud_memory")
 
 
 def inputs(lq, lk, h, hkv, d, dtype):
