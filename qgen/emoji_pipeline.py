@@ -17,6 +17,8 @@ import inspect
 
 from diffusers import PixArtSigmaPipeline
 
+from qgen.assets import demo_prompts
+
 __all__ = ["DEFAULTS", "EmojiPixArtPipeline"]
 
 DEFAULTS = {
@@ -40,8 +42,6 @@ class EmojiPixArtPipeline(PixArtSigmaPipeline):
     @property
     def calibration_prompts(self) -> list[str]:
         """What `qgen.quantize` draws while calibrating, unless told otherwise: the model knows no other words."""
-        from qgen.demo import demo_prompts
-
         return demo_prompts("calibration")
 
     @functools.wraps(PixArtSigmaPipeline.__call__)

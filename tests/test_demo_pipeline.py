@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qgen import demo
+from qgen import assets, demo
 from qgen.errors import QgenError
 
 pytest.importorskip("diffusers")
@@ -152,7 +152,7 @@ def test_unknown_split_and_dtype_are_refused():
 
 def test_assets_are_found_beside_the_checkout_and_inside_a_wheel(monkeypatch, tmp_path):
     package = tmp_path / "site" / "qgen"
-    monkeypatch.setattr(demo, "__file__", str(package / "demo.py"))
+    monkeypatch.setattr(assets, "__file__", str(package / "assets.py"))
     with pytest.raises(QgenError, match="demo assets wanted"):
         demo.assets_dir()
     for place in (package / "_assets", tmp_path / "site" / "demos" / "assets"):

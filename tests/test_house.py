@@ -22,7 +22,7 @@ NAMESPACES = ("kernels", "calibration", "nodes")  # at the top of the repository
 # Each line may import the lines above it. Within a line one part may know another, if the other does not know it back.
 # "qgen" is the public API, qgen/__init__.py.
 LAYERS = (
-    ("errors", "registry", "progress", "onimport"),
+    ("errors", "registry", "progress", "onimport", "assets"),
     ("formats",),
     ("kernels",),
     ("site", "recipe"),

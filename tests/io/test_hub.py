@@ -50,7 +50,7 @@ def test_other_imports_pass_by():
 import sys, qgen.io
 qgen.io.install()
 finder = next(f for f in sys.meta_path if "qgen" in type(f).__module__)
-assert finder.find_spec("json") is None and finder.find_spec("diffusers") is None
+assert finder.find_spec("json") is None and finder.find_spec("transformers") is None
 import importlib.util
 assert importlib.util.find_spec("no_such_module_at_all") is None
 print("ok")"""
