@@ -1,7 +1,7 @@
 """One forward pass under hooks tells what per-model code used to: execution order, repeated blocks, shared inputs, producers, roles.
 
-Two layers share an input when they are given the same memory, unchanged, while it is alive. A block is the outermost entry of a
-`ModuleList` (or `Sequential`) of repeated structure that a layer lives in. A layer outside every block is an embedder or a head; one that
+Two layers share an input when they are given the same memory, unchanged, while it is alive. A block is the entry of the outermost
+`ModuleList` that a layer lives in. A layer outside every block is an embedder or a head; one that
 sees a single row per sample (time embeddings, adaLN modulation) works on vectors.
 """
 
