@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 
 
 def pytest_collection_modifyitems(items):
@@ -28,7 +28,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random state, whatever ran before it."""
+    """Every test starts from the same random state and number of threads (which sets the last bit of sums), whatever ran before it."""
+    torch.set_num_threads(THREADS)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

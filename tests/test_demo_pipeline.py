@@ -18,7 +18,6 @@ PROMPT = "noto owl"
 
 @pytest.fixture(scope="module")
 def pipe():
-    torch.set_num_threads(1)
     pipe = demo.demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -9,7 +9,6 @@ import torch
 def photos():
     """(8, 64, 64, 3) float32 in [0, 1]."""
     data = pytest.importorskip("skimage.data")
-    torch.set_num_threads(1)
     cat, astronaut = data.chelsea(), data.astronaut()
     pieces = [picture[y : y + 64, x : x + 64] for picture in (cat, astronaut) for y, x in CORNERS]
     return torch.from_numpy(np.stack(pieces)).float() / 255

@@ -146,11 +146,12 @@ def test_fewer_shards_leave_no_old_ones(tiny, tmp_path):
 
 PICTURES = """
 import hashlib, sys, torch, qgen.io
+torch.set_num_threads(int(sys.argv[3]))
 qgen.io.install()
 from qgen.demo import register
 register()
 from diffusers import DiffusionPipeline
-folder, dtype = sys.argv[1:]
+folder, dtype = sys.argv[1:3]
 makers = {"load": lambda: qgen.io.load(folder)}
 makers["dtype"] = lambda: DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
 if dtype == "float32":
@@ -181,7 +182,7 @@ def test_pipeline_draws_the_same_picture_in_a_new_process(tiny, tmp_path, make_d
     tiny.quantize(pipe.text_encoder)
     want = sha256_of_picture(pipe)
     save(pipe, tmp_path / "a")
-    command = [sys.executable, "-c", PICTURES, str(tmp_path / "a"), dtype]
+    command = [sys.executable, "-c", PICTURES, str(tmp_path / "a"), dtype, str(torch.get_num_threads())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = dict(line.split() for line in done.stdout.splitlines())
