@@ -61,23 +61,43 @@ class AbsMax:
 
 
 class Gram:
-    """Mean of x xᵀ, (K, K) float32, over the calls that are not held out."""
+    """Mean of x xᵀ, (K, K) float32, over the calls that are not held out.
 
-    def __init__(self):
+    rows: how many are expected, 0 = unknown. Where so few rows take less memory than the matrix they are kept as they come, and multiplied
+    when the mean is asked for; more rows than that are added up at once.
+    """
+
+    def __init__(self, rows: int = 0, itemsize: int = 4):
+        self.rows, self.itemsize = rows, itemsize
         self.total: Tensor | None = None
         self.count = 0
+        self._waiting: list[Tensor] = []
 
     def update(self, x: Tensor, moment: Moment) -> None:
         if moment.held:
             return
-        x = x.float()
-        if self.total is None:
-            self.total = x.new_zeros(x.shape[1], x.shape[1])
-        self.total.addmm_(x.T, x)
         self.count += len(x)
+        self._waiting.append(x)
+        if self._keeps(x.shape[1]) and self.count <= self.rows:
+            self._waiting[-1] = x.clone()  # the caller's memory may be used again
+        else:
+            self._fold()
+
+    def _keeps(self, k: int) -> bool:
+        return self.rows * self.itemsize < 4 * k
+
+    def _fold(self) -> None:
+        for x in self._waiting:
+            x = x.float()
+            if self.total is None:
+                self.total = x.new_zeros(x.shape[1], x.shape[1])
+            self.total.addmm_(x.T, x)
+        self._waiting = []
 
     def merge(self, other: "Gram") -> None:
         if other.count:
+            self._fold()
+            other._fold()
             self.total = other.total.clone() if self.total is None else self.total + other.total
             self.count += other.count
 
@@ -88,21 +108,22 @@ class Gram:
     @property
     def mean(self) -> Tensor:
         """(K, K) float32."""
+        self._fold()
         return self.total / self.count
 
     def nbytes(self, k: int) -> int:
-        return 4 * k * k
+        return self.rows * self.itemsize * k if self.rows and self._keeps(k) else 4 * k * k
 
 
 class Reservoir:
-    """A uniform sample of rows, float32: `rows` of the calls that fit and a quarter as many of those held out.
+    """A uniform sample of rows: `rows` of the calls that fit and a quarter as many of those held out, kept in the dtype in which they come.
 
     Every row gets a random key that depends on the seed and the call alone; the rows with the smallest keys stay. The sample is therefore
     the same whatever the order of calls, and two halves merge into what one pass would have kept.
     """
 
-    def __init__(self, rows: int, seed: int = 0):
-        self.rows, self.seed = rows, seed
+    def __init__(self, rows: int, seed: int = 0, itemsize: int = 4):
+        self.rows, self.seed, self.itemsize = rows, seed, itemsize
         self._kept: dict[bool, tuple[Tensor, Tensor] | None] = {False: None, True: None}
 
     def update(self, x: Tensor, moment: Moment) -> None:
@@ -113,7 +134,7 @@ class Reservoir:
         if len(x) > limit:
             keys, index = keys.topk(limit, largest=False)
             x = x[index.to(x.device)]
-        self._add(moment.held, keys, x.detach().float())
+        self._add(moment.held, keys, x.detach().clone() if len(keys) == len(x) else x.detach())
 
     def merge(self, other: "Reservoir") -> None:
         for held, kept in other._kept.items():
@@ -139,7 +160,7 @@ class Reservoir:
     def result(self, held: bool = False) -> Tensor | None:
         """Rows (M, K) float32 in the order of their keys, or None if none were seen."""
         kept = self._kept[held]
-        return None if kept is None else kept[1][kept[0].argsort().to(kept[1].device)]
+        return None if kept is None else kept[1][kept[0].argsort().to(kept[1].device)].float()
 
     def nbytes(self, k: int) -> int:
-        return int(self.rows * 1.25) * (4 * k + 8)
+        return int(self.rows * 1.25) * (self.itemsize * k + 8)

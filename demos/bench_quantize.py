@@ -109,6 +109,7 @@ def main() -> None:
     model, side = pixart_sigma(options.layers, options.tokens)
     calls = calls_for(model, side, options.calls)
     bytes16 = sum(p.nbytes for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters())
     recipe = qgen.recipes.get(options.recipe)
     clock: dict[str, float] = defaultdict(float)
     clocked(clock, qgen.engine, "measure", "replay and observe")
@@ -125,7 +126,7 @@ def main() -> None:
     output = next(row["sqnr_db"] for row in model.qgen_report if row["path"] == "(output)")
     result = {
         "recipe": options.recipe,
-        "parameters": sum(p.numel() for p in model.parameters() if p.is_floating_point()),
+        "parameters": count,
         "seconds": round(seconds, 1),
         "peak_above_model": round((top - loaded) / bytes16, 3),
         "disk_ratio": round(disk / bytes16, 4),

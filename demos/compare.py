@@ -34,9 +34,11 @@ def recipe_for(name: str) -> tuple[str, qgen.Recipe]:
     recipe = qgen.recipes.get(name)
     if not count:
         return name, recipe
-    methods = recipe.default.methods[: int(count)]
-    label = f"{name}, {' + '.join(m.name for m in methods)} only"
-    return label, replace(recipe, default=replace(recipe.default, methods=methods), name=label)
+    short = lambda spec: replace(spec, methods=spec.methods[: int(count)])  # noqa: E731
+    default = short(recipe.default)
+    rules = tuple(replace(rule, spec=rule.spec and short(rule.spec)) for rule in recipe.rules)
+    label = f"{name}, {' + '.join(m.name for m in default.methods)} only"
+    return label, replace(recipe, default=default, rules=rules, name=label)
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Compiles the C++ of `cpu_native_source` once, with the user's own compiler, and loads it; says plainly why when it cannot.
+"""Compiles C++ of this package once, with the user's own compiler, and loads it; says plainly why when it cannot.
 
 A plain C interface and ctypes: neither torch's headers nor ninja are needed, and a build takes two to five seconds. The library lies in
 the user's cache folder under a name that holds the hash of source, flags and compiler, so that an update never meets an old build.
 """
 
-__all__ = ["capabilities", "cpu_lacks", "library", "unavailable"]
+__all__ = ["capabilities", "compiled", "cpu_lacks", "library", "unavailable"]
 
 import ctypes
 import hashlib
@@ -75,34 +75,41 @@ def cpu_lacks() -> str:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    loaded, why = compiled("cpu_native", SOURCE, FLAGS)
+    if loaded is not None:
+        loaded.qgen_parallel.argtypes = (ctypes.c_void_p,)
+        loaded.qgen_parallel(_gomp_parallel())
+    return loaded, why
+
+
+@lru_cache(maxsize=8)
+def compiled(name: str, source: str, flags: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
+    """The library built from `source`, and ""; or None and why there is none, as half a sentence."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if sys.platform != "linux":
         return None, f"is built on Linux only, this is {sys.platform}"
     if compiler is None:
         return None, "needs a C++ compiler (c++, g++ or clang++ on the PATH), found none"
     try:
-        loaded = ctypes.CDLL(str(_build(compiler)))
+        return ctypes.CDLL(str(_build(compiler, name, source, flags))), ""
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         return None, f"could not be compiled by {compiler}: {detail.strip().splitlines()[-1]}"
-    loaded.qgen_parallel.argtypes = (ctypes.c_void_p,)
-    loaded.qgen_parallel(_gomp_parallel())
-    return loaded, ""
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str, name: str, source: str, flags: tuple[str, ...]) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
     ).stdout
-    digest = hashlib.sha256("\0".join((SOURCE, *FLAGS, version)).encode()).hexdigest()[:16]
-    target = _cache() / f"cpu_native-{digest}.so"
+    digest = hashlib.sha256("\0".join((source, *flags, version)).encode()).hexdigest()[:16]
+    target = _cache() / f"{name}-{digest}.so"
     if target.exists():
         return target
-    log.info("compiling the kernel cpu_native with %s into %s", compiler, target)
+    log.info("compiling %s with %s into %s", name, compiler, target)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        source, built = Path(folder, "cpu_native.cpp"), Path(folder, "cpu_native.so")
-        source.write_text(SOURCE, encoding="utf-8")
-        command = [compiler, *FLAGS, str(source), "-o", str(built)]
+        written, built = Path(folder, f"{name}.cpp"), Path(folder, f"{name}.so")
+        written.write_text(source, encoding="utf-8")
+        command = [compiler, *flags, str(written), "-o", str(built)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
         os.replace(built, target)  # at once or not at all: another process may build the same
     return target

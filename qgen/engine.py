@@ -7,8 +7,10 @@ disk) puts the float layers back, so that a pipe is either quantized as a whole 
 __all__ = ["prepare", "quantize", "record"]
 
 import contextlib
+import ctypes
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,7 @@ from qgen.progress import bars
 from qgen.recipe import Recipe, Spec
 from qgen.resume import Journal
 from qgen.site import Site
-from qgen.waves import Group, Stats, Wave, measure, plan, solve
+from qgen.waves import Group, Observed, Stats, Traffic, Wave, measure, plan, solve
 
 log = logging.getLogger("qgen")
 
@@ -59,7 +61,7 @@ def quantize(
         prompts: what the pipeline draws during calibration; default: its own `calibration_prompts`, or a built-in set.
         call_kwargs: further arguments of the pipeline's call during calibration (steps, guidance, size, images …).
         calibration: a recorded set (`qgen.calibration.load`), a calibrator (`Recorder(samples=32)`), or for a bare module a list of calls.
-        memory: bytes for calibration statistics, or text such as "2GiB"; less memory means more replays. Default: three quarters of the
+        memory: bytes for calibration statistics, or text such as "2GiB"; less memory means more replays. Default: two fifths of the
             model's size, at least 512 MiB.
         checkpoint: folder in which finished waves are kept; the same call goes on from there after a crash.
         seed: of latents and of methods' random numbers. Same seed, same machine, same number of threads: same bytes.
@@ -179,8 +181,9 @@ class _Job:
                 f"recipe {recipe.name!r} keeps all {len(sites)} layers of {type(module).__name__} float: nothing to do"
             )
         total = sum(p.nbytes for p in module.parameters())
-        budget = max(512 << 20, total * 3 // 4) if memory is None else parse_bytes(memory)
-        return cls(name, module, recipe, calls, plan(chosen, budget), kept, seed)
+        budget = max(512 << 20, total * 2 // 5) if memory is None else parse_bytes(memory)
+        traffic = Traffic.of(module, calls) if calls else Traffic()
+        return cls(name, module, recipe, calls, plan(chosen, budget, traffic), kept, seed)
 
     def run(self, bar: Callable, checkpoint: str | Path | None) -> None:
         journal = self._journal(checkpoint) if checkpoint else None
@@ -194,7 +197,7 @@ class _Job:
                         self._swap(path, layout, slots, row)
                     meter.update(len(wave.groups))
                     continue
-                stats = {}
+                stats, left = Observed({}), Counter(group.sites[0].shares for group in wave.groups)
                 if self.calls is not None:
                     title = f"observe wave {number + 1}/{len(self.waves)}"
                     stats = measure(
@@ -206,8 +209,13 @@ class _Job:
                     )
                 done: list[dict] = []
                 for group in wave.groups:
-                    done += self._solve(group, stats.get(group.sites[0].shares, Stats()))
+                    shares = group.sites[0].shares
+                    done += self._solve(group, stats.get(shares, Stats()))
+                    left[shares] -= 1
+                    if not left[shares]:
+                        stats.drop(shares)
                     meter.update(1)
+                _trim()
                 if journal:
                     journal.write(number, {row["path"]: self.module.get_submodule(row["path"]) for row in done}, done)
 
@@ -356,6 +364,12 @@ def _output_row(module: nn.Module, calls: CalibrationSet, wanted: list[torch.Ten
         "why": "whole denoiser, held-out calls",
         "sqnr_db": sqnr_db(lost / max(energy, 1e-30)),
     }
+
+
+def _trim() -> None:
+    """Hands freed memory back to the system. glibc keeps pieces of a few megabytes, and statistics are made of them."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has other habits
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _first(output: Any) -> torch.Tensor:

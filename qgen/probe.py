@@ -2,13 +2,15 @@
 
 Two layers share an input when they are given the same memory, unchanged, while it is alive. A block is the entry of the outermost
 `ModuleList` that a layer lives in. A layer outside every block is an embedder or a head; one that
-sees a single row per sample (time embeddings, adaLN modulation) works on vectors.
+sees a single row per sample (time embeddings, adaLN modulation) works on vectors. An input that several blocks read, the very same tensor,
+is context: text for cross-attention, which does not change from step to step.
 """
 
 __all__ = ["blocks_of", "packable", "probe", "static_sites"]
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,16 @@ def probe(module: nn.Module, call: Call) -> list[Site]:
         raise NotQuantizable(
             f"{type(module).__name__} ran no nn.Linear or nn.Conv2d layer: there is nothing to quantize"
         )
-    return watch.sites
+    return _with_context(watch.sites)
+
+
+def _with_context(sites: list[Site]) -> list[Site]:
+    """Sites inside blocks whose input other blocks read too get the role "context"."""
+    readers: dict[str, set[str]] = {}
+    for site in sites:
+        readers.setdefault(site.shares, set()).add(site.block)
+    context = {shares for shares, blocks in readers.items() if len(blocks - {""}) > 1}
+    return [replace(s, role="context") if s.role == "inside" and s.shares in context else s for s in sites]
 
 
 def static_sites(module: nn.Module) -> list[Site]:

@@ -3,11 +3,12 @@
 __all__ = ["auto", "get", "names"]
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from qgen.errors import unknown
-from qgen.methods.awq import AWQ
+from qgen.methods.balance import Balance
 from qgen.methods.bias import BiasCorrection
 from qgen.methods.gptq import GPTQ
 from qgen.methods.lowrank import LowRank
@@ -15,7 +16,7 @@ from qgen.methods.reconstruct import Reconstruct
 from qgen.methods.smooth import Smooth
 from qgen.recipe import Recipe, Rule, Spec
 
-_SVDQUANT = (Smooth(), LowRank(32, rounds=1), GPTQ(), Reconstruct(rounds=1), BiasCorrection())
+_SVDQUANT = (Balance(), LowRank(32, rounds=3), GPTQ(), Reconstruct(rounds=3), BiasCorrection())
 _OUTSIDE = Rule("*", None, role="outside", why="embedder or head, outside the repeated blocks")
 _VECTOR = Rule(
     "*",
@@ -27,28 +28,42 @@ _NARROW = Rule("*", None, below=32, why="fewer than 32 inputs or outputs")
 _RULES = (_VECTOR, _OUTSIDE, _NARROW)
 
 
+def _context(*methods: Any) -> Rule:
+    """Few rows, the same at every step: what rounding adds to them does not average out over the steps, and 8 bits cost little there."""
+    spec = Spec("int4_s8_g64", "int8_row", methods)
+    return Rule("*", spec, role="context", kind="linear", why="text, the same at every step: 8-bit input")
+
+
 def _recipes() -> dict[str, Recipe]:
+    full, plain = (_context(*_SVDQUANT),), (_context(),)
     made = {
         "svdquant-int4": (
             Spec("int4_g64", "uint4_g64", _SVDQUANT),
-            "W4A4, integer: smoothing, rank 32, GPTQ, zero points",
+            "W4A4, integer: learned smoothing, rank 32, GPTQ, zero points; text in 8 bits",
+            full,
         ),
-        "svdquant-nvfp4": (Spec("nvfp4", "nvfp4_dynamic", _SVDQUANT), "W4A4, NVFP4: smoothing, rank 32, GPTQ"),
+        "svdquant-nvfp4": (
+            Spec("nvfp4", "nvfp4_dynamic", _SVDQUANT),
+            "W4A4, NVFP4: learned smoothing, rank 32, GPTQ; text in 8 bits",
+            full,
+        ),
         "w4a8": (
             Spec("int4_s8_g64", "int8_row", _SVDQUANT),
             "4-bit weights with integer sub-scales, 8-bit activations, rank 32",
+            (),
         ),
-        "w4a16": (Spec("int4_g64", None, (AWQ(), *_SVDQUANT[1:])), "4-bit weights, 16-bit activations, rank 32"),
-        "w8a8": (Spec("int8_row", "int8_row", (Smooth(),)), "8-bit integers"),
-        "fp8": (Spec("fp8_e4m3_row", "fp8_e4m3_row"), "8-bit floats, no calibration"),
-        "rtn-int4": (Spec("int4_g64", "int4_g64"), "W4A4 rounded to nearest, no calibration: the baseline"),
+        "w4a16": (Spec("uint4_g64", None, _SVDQUANT), "4-bit weights, 16-bit activations, rank 32", ()),
+        "w8a8": (Spec("int8_row", "int8_row", (Smooth(),)), "8-bit integers", ()),
+        "fp8": (Spec("fp8_e4m3_row", "fp8_e4m3_row"), "8-bit floats, no calibration", ()),
+        "rtn-int4": (Spec("int4_g64", "int4_g64"), "W4A4 rounded to nearest, no calibration: the baseline", plain),
         "rtn-w4a16": (
-            Spec("int4_g64"),
+            Spec("uint4_g64"),
             "4-bit weights rounded to nearest, 16-bit activations, no calibration: works while loading",
+            (),
         ),
-        "rtn-nvfp4": (Spec("nvfp4", "nvfp4_dynamic"), "W4A4 NVFP4 rounded to nearest, no calibration"),
+        "rtn-nvfp4": (Spec("nvfp4", "nvfp4_dynamic"), "W4A4 NVFP4 rounded to nearest, no calibration", plain),
     }
-    return {name: Recipe(spec, _RULES, name, about) for name, (spec, about) in made.items()}
+    return {name: Recipe(spec, (*rules, *_RULES), name, about) for name, (spec, about, rules) in made.items()}
 
 
 def names() -> list[str]:

@@ -31,8 +31,8 @@ class Site:
     path: module path in the denoiser. kind: "linear" or "conv2d". block: path of the repeated unit it lives in ("" = none).
     order: position in execution order. shares: name of the input it shares with other sites (observed once). shape: (N, K), for a
     convolution K = channels · kernel height · kernel width. tokens: rows of the input seen by the probe. after: class name of the module
-    that made its input, where the probe saw one ("GELU", "SiLU", …). role: "inside" a repeated block, "outside" (embedders, heads), or
-    "vector" (one row per sample: time embeddings, modulation).
+    that made its input, where the probe saw one ("GELU", "SiLU", …). role: "inside" a repeated block, "context" (inside, and reading what other
+    blocks read too: text for cross-attention), "outside" (embedders, heads), or "vector" (one row per sample: time embeddings, modulation).
     """
 
     path: str
@@ -100,6 +100,12 @@ class Draft:
         if self.qweight is not None:
             return self
         return replace(self, qweight=formats.get(self.spec.weight).quantize(self.target(), self.clip))
+
+    def values(self) -> Tensor:
+        """(N, Kp) float32: what the rounded target stands for, by the nearest codes if no method has rounded it yet."""
+        if self.qweight is not None:
+            return self.qweight.dequantize()
+        return formats.get(self.spec.weight).fake(self.target(), self.clip)
 
     def output(self, x: Tensor) -> Tensor:
         """Output (M, N) float32 of the finished layer on rows x (M, K): exactly the reference kernel's arithmetic."""

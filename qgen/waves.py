@@ -4,10 +4,10 @@ Each wave is one replay through the live model, whose earlier waves are quantize
 traced: a hook observes each distinct input once, and the replay stops after the last layer of the wave.
 """
 
-__all__ = ["Group", "Wave", "measure", "plan", "solve"]
+__all__ = ["Group", "Observed", "Traffic", "Wave", "measure", "plan", "solve"]
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qgen.calibration.base import CalibrationSet
 from qgen.calibration.observers import AbsMax, Gram, Reservoir
 from qgen.errors import BadData
-from qgen.methods.base import Stats, refine, sqnr_db
+from qgen.methods.base import Judge, Stats, refine, sqnr_db
 from qgen.nn.conv import unfold
 from qgen.recipe import Spec
 from qgen.site import Draft, Site
@@ -49,7 +49,21 @@ class Wave:
         return [site for group in self.groups for site in group.sites]
 
 
-def plan(specs: Iterable[tuple[Site, Spec]], budget: int) -> list[Wave]:
+@dataclass(frozen=True)
+class Traffic:
+    """What will flow through the model, as far as it is known before: calls that are fitted (0 = unknown), bytes per activation."""
+
+    calls: int = 0
+    itemsize: int = 4
+
+    @classmethod
+    def of(cls, module: nn.Module, calls: CalibrationSet) -> "Traffic":
+        """Activations come in the dtype of the weights that made them."""
+        sizes = [p.element_size() for p in module.parameters() if p.is_floating_point()]
+        return cls(sum(not call.moment.held for call in calls.calls), max(2, max(sizes, default=4)))
+
+
+def plan(specs: Iterable[tuple[Site, Spec]], budget: int, traffic: Traffic = Traffic()) -> list[Wave]:
     """Waves of whole blocks in execution order, each with observers of at most `budget` bytes (a single block may exceed it)."""
     blocks: dict[str, list[tuple[Site, Spec]]] = {}
     for site, spec in specs:
@@ -58,11 +72,11 @@ def plan(specs: Iterable[tuple[Site, Spec]], budget: int) -> list[Wave]:
     current: list[Group] = []
     for members in blocks.values():
         groups = _groups(members)
-        if current and _nbytes([*current, *groups]) > budget:
-            waves.append(Wave(tuple(current), _nbytes(current)))
+        if current and _nbytes([*current, *groups], traffic) > budget:
+            waves.append(Wave(tuple(current), _nbytes(current, traffic)))
             current = []
         current += groups
-    return [*waves, Wave(tuple(current), _nbytes(current))] if current else waves
+    return [*waves, Wave(tuple(current), _nbytes(current, traffic))] if current else waves
 
 
 def _groups(members: list[tuple[Site, Spec]]) -> list[Group]:
@@ -79,33 +93,63 @@ def rows_for(k: int) -> int:
     return max(1024, min(8192, (1 << 21) // k))
 
 
-def _observers(groups: Iterable[Group], seed: int = 0) -> dict[str, dict[str, object]]:
+def _observers(groups: Iterable[Group], traffic: Traffic, seed: int = 0) -> dict[str, dict[str, object]]:
     """Observers by shared input and statistic."""
     made: dict[str, dict[str, object]] = {}
     for group in groups:
         site = group.sites[0]
         bank = made.setdefault(site.shares, {})
         for need in group.needs:
-            kinds = {"rows": lambda s=site: Reservoir(rows_for(s.shape[1]), seed), "gram": Gram, "absmax": AbsMax}
+            kinds = {
+                "rows": lambda s=site: Reservoir(rows_for(s.shape[1]), seed, traffic.itemsize),
+                "gram": lambda s=site: Gram(s.tokens * traffic.calls, traffic.itemsize),
+                "absmax": AbsMax,
+            }
             if need not in bank:
                 bank[need] = kinds[need]()
     return {shares: bank for shares, bank in made.items() if bank}
 
 
-def _nbytes(groups: list[Group]) -> int:
+def _nbytes(groups: list[Group], traffic: Traffic) -> int:
     widths = {group.sites[0].shares: group.sites[0].shape[1] for group in groups}
-    return sum(o.nbytes(widths[shares]) for shares, bank in _observers(groups).items() for o in bank.values())
+    return sum(o.nbytes(widths[shares]) for shares, bank in _observers(groups, traffic).items() for o in bank.values())
 
 
 class _Done(Exception):
     """Ends a replay after the last layer that a wave observes."""
 
 
-def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, progress: Callable) -> dict[str, Stats]:
+class Observed(Mapping[str, Stats]):
+    """Stats by shared input. They are made when asked for, and the last ones kept: layers that share an input follow each other."""
+
+    def __init__(self, banks: dict[str, dict]):
+        self._banks = banks
+        self._last: tuple[str, Stats] | None = None
+
+    def __getitem__(self, shares: str) -> Stats:
+        if self._last is None or self._last[0] != shares:
+            self._last = None  # before the next ones are made: there is never room for two
+            self._last = (shares, _stats(self._banks[shares]))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._banks)
+
+    def __len__(self) -> int:
+        return len(self._banks)
+
+    def drop(self, shares: str) -> None:
+        """Frees what was observed of an input that is not needed again."""
+        self._banks.pop(shares, None)
+        if self._last is not None and self._last[0] == shares:
+            self._last = None
+
+
+def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, progress: Callable) -> Observed:
     """Replays all calls and returns Stats by shared input. BadData if an observed input holds NaN or infinity."""
-    observers = _observers(wave.groups, seed)
+    observers = _observers(wave.groups, Traffic.of(module, calls), seed)
     if not observers:
-        return {}
+        return Observed({})
     first: dict[str, Site] = {}
     for site in sorted(wave.sites, key=lambda s: s.order):
         if site.shares in observers:
@@ -143,7 +187,7 @@ def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, pro
     missing = [first[s].path for s, bank in observers.items() if any(o.empty for o in bank.values())]
     if missing:
         raise BadData(f"no calibration call that may be fitted reaches layer {missing[0]}: record more calls")
-    return {shares: _stats(bank) for shares, bank in observers.items()}
+    return Observed(observers)
 
 
 def _stats(bank: dict) -> Stats:
@@ -184,7 +228,10 @@ def solve(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Dra
     if stats.judge is None:
         error = {"weight_sqnr_db": sqnr_db(_weight_error(draft))}
     else:
-        error = {"sqnr_db": sqnr_db(stats.judge.error(draft)), "sqnr_fit_db": sqnr_db(draft.error(stats.fit[:1024]))}
+        error = {
+            "sqnr_db": sqnr_db(stats.judge.error(draft)),
+            "sqnr_fit_db": sqnr_db(Judge(stats.fit[:256]).error(draft)),
+        }
     return draft, error
 
 

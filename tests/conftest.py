@@ -16,6 +16,7 @@ import pytest
 import torch
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)  # for fixtures of a session or module, made before `seeded` sees to it
 
 
 def pytest_collection_modifyitems(items):

@@ -111,6 +111,14 @@ def test_other_transformers_share_q_k_v(sites, name, block):
     assert any(s.role == "vector" for s in found.values()) and found["proj_out"].role == "outside"
 
 
+def test_text_that_several_blocks_read_is_context(sites):
+    for name, layers in (("pixart", ("attn2.to_k", "attn2.to_v")), ("wan", ("attn2.to_k", "attn2.to_v"))):
+        found = sites(name)
+        context = {path for path, site in found.items() if site.role == "context"}
+        assert context and all(path.endswith(layers) for path in context), name
+    assert not any(s.role == "context" for name in ("llama", "plain") for s in sites(name).values())
+
+
 def test_llama_and_t5_share_gates(sites):
     found = sites("llama")
     assert len(inputs(found, "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")) == 1

@@ -1,5 +1,6 @@
 """Waves: whole blocks within the budget, every site once, one replay each, statistics of what really flows."""
 
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -80,6 +81,19 @@ def test_what_is_observed_is_what_the_methods_ask_for():
         for s in stats.values():
             have = {n for n, field in (("rows", s.fit), ("gram", s.gram), ("absmax", s.absmax)) if field is not None}
             assert have == names
+
+
+def test_what_was_observed_is_freed_when_dropped():
+    model, calls = tiny.net(), tiny.net_calls(3, 1).hold_out()
+    sites = [s for s in probe(model, calls.calls[0]) if s.role == "inside"]
+    (wave,) = plan([(s, SPEC) for s in sites], 1 << 60)
+    stats = measure(model, wave, calls, 0, silent)
+    first, count = next(iter(stats)), len(stats)
+    assert stats[first] is stats[first], "layers that share an input follow each other"
+    seen = weakref.ref(stats[first].gram)
+    stats.drop(first)
+    assert seen() is None and first not in stats and len(stats) == count - 1
+    stats.drop(first)
 
 
 def captured(model, calls, path):

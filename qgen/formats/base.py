@@ -8,7 +8,7 @@ Scales are themselves stored in a scale element (bf16, e4m3, e8m0, …), and qua
 `dequantize(quantize(x))` uses exactly what the file holds. Formats know numbers alone: no modules, no devices, no kernels.
 """
 
-__all__ = ["Element", "NumberFormat", "QTensor", "formats", "get", "padded"]
+__all__ = ["Element", "Irregular", "NumberFormat", "QTensor", "formats", "get", "padded"]
 
 import math
 from dataclasses import dataclass
@@ -103,6 +103,8 @@ class QTensor:
 
     codes: (N, K * bits / 8) uint8, canonical packing. scales: (N, G), stored dtype of the format.
     global_scale: () or (N, 1) float32, or None. zero: (N, G) in the dtype of `scales`, or None. format: name of the format.
+    Formats with more to say use the same four places, in the shapes that `NumberFormat.shapes` gives: a learned codebook, an exponent and
+    other things that a whole tensor or row shares are its `global_scale`, a second parameter of a block is its `zero`.
     """
 
     codes: Tensor
@@ -114,12 +116,20 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dequantized tensor."""
-        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // get(self.format).element.bits)
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // get(self.format).bits)
 
     @property
     def nbytes(self) -> int:
         parts = (self.codes, self.scales, self.global_scale, self.zero)
         return sum(p.nbytes for p in parts if p is not None)
+
+    def rows(self, rows: slice | Tensor) -> "QTensor":
+        """These rows of a weight (N, K), with what the whole tensor shares."""
+        shared = self.global_scale
+        if shared is not None and get(self.format).global_scale == "row":
+            shared = shared[rows]
+        zero = None if self.zero is None else self.zero[rows]
+        return QTensor(self.codes[rows], self.scales[rows], shared, zero, self.format)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values (N, K) that the codes stand for, in `dtype` (computed in float32)."""
@@ -145,7 +155,29 @@ class NumberFormat:
 
     @property
     def bits(self) -> int:
+        """Bits per value of the codes: a row of K values takes K * bits / 8 bytes."""
         return self.element.bits
+
+    @property
+    def plain(self) -> bool:
+        """Whether values are `element.decode(codes) · step + zero`, each from its own code: what kernels and GPTQ build upon."""
+        kind = type(self)
+        return kind.dequantize is NumberFormat.dequantize and kind.scaled is NumberFormat.scaled
+
+    @property
+    def unit(self) -> int:
+        """K must be a multiple of this: whole blocks and whole bytes."""
+        return math.lcm(self.block or 1, 8 // math.gcd(8, self.bits))
+
+    def shapes(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{slot: (shape, dtype)} of the tensors of a QTensor of shape (n, k), for those that the format has."""
+        groups = k // (self.block or k)
+        found = {"codes": ((n, k * self.bits // 8), torch.uint8), "scales": ((n, groups), self.scale_dtype)}
+        if self.global_scale:
+            found["global_scale"] = ((n, 1) if self.global_scale == "row" else (), torch.float32)
+        if self.zero_point:
+            found["zero"] = ((n, groups), self.scale_dtype)
+        return found
 
     def bits_per_value(self, k: int) -> float:
         """Bits per weight for rows of `k` values, scales and zeros counted, per-tensor scales not."""
@@ -169,8 +201,22 @@ class NumberFormat:
         scales, global_scale, zero = (
             self.ranges(x, clip) if like is None else (like.scales, like.global_scale, like.zero)
         )
-        codes = self.element.encode(self.normalize(x, scales, global_scale, zero, reciprocal))
-        return QTensor(packing.pack(codes, self.bits), scales, global_scale, zero, self.name)
+        codes = self.encode(x, scales, global_scale, zero, reciprocal)
+        return QTensor(self.pack(codes), scales, global_scale, zero, self.name)
+
+    def encode(
+        self, x: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None, reciprocal: bool = False
+    ) -> Tensor:
+        """x (…, K) float32 to codes uint8, not packed: (…, K) for all formats but vector quantization."""
+        return self.element.encode(self.normalize(x, scales, global_scale, zero, reciprocal))
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes of `encode` to the bytes of a QTensor."""
+        return packing.pack(codes, self.bits)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The exact inverse of `pack`."""
+        return packing.unpack(packed, self.bits)
 
     def normalize(
         self, x: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None, reciprocal: bool = False
@@ -211,10 +257,12 @@ class NumberFormat:
     # -- dequantize ---------------------------------------------------------------------------------------------------
     def dequantize(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values (…, K) of a QTensor of this format, computed in float32 and returned in `dtype`."""
-        return self._values(packing.unpack(q.codes, self.bits), q.scales, q.global_scale, q.zero).to(dtype)
+        values = self.element.decode(self.unpack(q.codes))
+        return self.scaled(values, q.scales, q.global_scale, q.zero).to(dtype)
 
-    def _values(self, codes: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None) -> Tensor:
-        values = self.blocks(self.element.decode(codes)) * self.step(scales, global_scale)[..., None]
+    def scaled(self, values: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        """Values of the element (…, K) to what they stand for, float32: the inverse of `normalize`, linear in `values`."""
+        values = self.blocks(values) * self.step(scales, global_scale)[..., None]
         if zero is not None:
             values = values + zero.float()[..., None]
         return values.flatten(-2)
@@ -222,8 +270,7 @@ class NumberFormat:
     def fake(self, x: Tensor, clip: Tensor | float = 1.0, reciprocal: bool = False) -> Tensor:
         """x there and back, in x's dtype: `quantize(x).dequantize(x.dtype)` without the packing. It has no gradient of its own."""
         ranges = self.ranges(x.float(), clip)
-        codes = self.element.encode(self.normalize(x.float(), *ranges, reciprocal))
-        return self._values(codes, *ranges).to(x.dtype)
+        return self.scaled(self.element.round(self.normalize(x.float(), *ranges, reciprocal)), *ranges).to(x.dtype)
 
     def blocks(self, x: Tensor) -> Tensor:
         """View of x (…, K) as (…, K / block, block); ValueError if the block does not divide K."""
@@ -236,6 +283,46 @@ class NumberFormat:
         return x.unflatten(-1, (k // block, block))
 
 
+@dataclass(frozen=True)
+class Irregular(NumberFormat):
+    """A format whose values are not `element · step + zero`, or whose bytes are in an order of their own.
+
+    Subclasses override some of `encode`, `decode`, `pack` and `unpack`. Kernels that read codes by themselves leave such formats to those
+    that call `dequantize`; see `NumberFormat.plain`. What needs the step of a code, as GPTQ does, gets a ValueError and no wrong number.
+    """
+
+    def step(self, scales: Tensor, global_scale: Tensor | None) -> Tensor:
+        raise ValueError(
+            f"{self.name} is no table of values times a step, so its codes cannot be chosen one by one: leave out methods that round, "
+            "such as gptq, or choose another format"
+        )
+
+    def normalize(
+        self, x: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None, reciprocal: bool = False
+    ) -> Tensor:
+        """x (…, K) in units of the scales of its blocks."""
+        return self._blockwise.normalize(x, scales, None, None, reciprocal)
+
+    def scaled(self, values: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        """values (…, K) times the scales of their blocks."""
+        return self._blockwise.scaled(values, scales, None, None)
+
+    @property
+    def _blockwise(self) -> NumberFormat:
+        return NumberFormat(self.name, self.element, self.block, self.scale_dtype)
+
+    def decode(self, codes: Tensor, scales: Tensor, global_scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        """Codes as `encode` gives them to values (…, K) float32."""
+        return self.scaled(self.element.decode(codes), scales, global_scale, zero)
+
+    def dequantize(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.decode(self.unpack(q.codes), q.scales, q.global_scale, q.zero).to(dtype)
+
+    def fake(self, x: Tensor, clip: Tensor | float = 1.0, reciprocal: bool = False) -> Tensor:
+        ranges = self.ranges(x.float(), clip)
+        return self.decode(self.encode(x.float(), *ranges, reciprocal), *ranges).to(x.dtype)
+
+
 def get(name: str) -> NumberFormat:
     """The number format called `name`; ValueError with the nearest name if there is none."""
     return formats[name]
@@ -243,9 +330,5 @@ def get(name: str) -> NumberFormat:
 
 def padded(k: int, *names: str | None, multiple: int = 1) -> int:
     """K rounded up to what the blocks and whole bytes of the formats `names` need, and to `multiple`."""
-    units = [multiple]
-    for name in filter(None, names):
-        fmt = get(name)
-        units += [fmt.block or 1, 8 // fmt.bits if fmt.bits < 8 else 1]
-    unit = math.lcm(*units)
+    unit = math.lcm(multiple, *(get(name).unit for name in filter(None, names)))
     return -(-k // unit) * unit

@@ -1,13 +1,19 @@
-r"""Integer formats: `int4_g64`, `uint4_g128`, `int8_row`, … for any block along K.
+r"""Integer formats of 2 to 8 bits: `int4_g64`, `uint4_g128`, `int8_row`, `uint3_g64`, … for blocks along K, rows or the whole tensor.
 
 int4: two's complement nibbles, symmetric, codes -7..7 (as SVDQuant and Nunchaku emit; -8 can be read, never written), scale = amax / 7.
 uint4: codes 0..15 with a zero point per block, `x ≈ u · scale + zero`, covering [min, max].
+int2 … int8 and uint2 … uint8 follow the same two rules: int of b bits emits -(2^(b-1) - 1) … 2^(b-1) - 1, uint all 2^b codes.
+int8_tensor, uint8_tensor, int4_tensor, uint4_tensor: the same scale in every row.
 uint4p: codes 0..15 for positive inputs, scale = amax / 15, no zero point: activations after GELU or SiLU, shifted by their minimum.
 int4_s8: int4 whose block scales are themselves integers 1..16 times one float32 per row, so that `code · subscale` is an int8 and an
 integer GEMM needs no float scale inside its loop.
 """
 
-__all__ = ["INT4", "INT8", "UINT4", "UINT8", "IntSubscale", "Integer"]
+__all__ = [
+    *("INT2", "INT3", "INT4", "INT5", "INT6", "INT7", "INT8"),
+    *("UINT2", "UINT3", "UINT4", "UINT5", "UINT6", "UINT7", "UINT8"),
+    *("IntSubscale", "Integer", "Tensorwise"),
+]
 
 from dataclasses import dataclass
 
@@ -23,7 +29,9 @@ class Integer(Element):
 
     def encode(self, x: Tensor) -> Tensor:
         rounded = x.float().nan_to_num(nan=self.max).round_().clamp_(self.min, self.max)
-        return rounded.to(torch.int16).to(torch.uint8).bitwise_and_((1 << self.bits) - 1)
+        if not self.signed:
+            return rounded.to(torch.uint8)
+        return rounded.to(torch.int8).view(torch.uint8).bitwise_and_((1 << self.bits) - 1)
 
     def round(self, x: Tensor) -> Tensor:
         return x.float().nan_to_num(nan=self.max).round_().clamp_(self.min, self.max)
@@ -31,8 +39,10 @@ class Integer(Element):
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if not self.signed:
             return codes.to(dtype)
+        if self.bits == 8:
+            return codes.view(torch.int8).to(dtype)
         sign = 1 << (self.bits - 1)
-        return codes.bitwise_xor(sign).to(torch.int16).sub_(sign).to(dtype)
+        return codes.bitwise_xor(sign).view(torch.int8).sub_(sign).to(dtype)
 
 
 def _integer(bits: int, signed: bool) -> Integer:
@@ -43,7 +53,8 @@ def _integer(bits: int, signed: bool) -> Integer:
     return Integer(f"{'int' if signed else 'uint'}{bits}", bits, tuple(values))
 
 
-INT4, INT8, UINT4, UINT8 = _integer(4, True), _integer(8, True), _integer(4, False), _integer(8, False)
+INT2, INT3, INT4, INT5, INT6, INT7, INT8 = (_integer(bits, True) for bits in range(2, 9))
+UINT2, UINT3, UINT4, UINT5, UINT6, UINT7, UINT8 = (_integer(bits, False) for bits in range(2, 9))
 BLOCKS = (16, 32, 64, 128, 256)
 
 
@@ -73,13 +84,27 @@ class IntSubscale(NumberFormat):
         return self.bits + 8 / (self.block or k) + 32 / k
 
 
+@dataclass(frozen=True)
+class Tensorwise(NumberFormat):
+    """One scale, and for unsigned codes one zero, for the whole tensor, repeated in every row. clip: a number, or its largest counts."""
+
+    def ranges(self, x: Tensor, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        clip = clip.amax() if isinstance(clip, Tensor) else clip
+        scales, _, zero = super().ranges(x.reshape(1, -1), clip)
+        rows = (*x.shape[:-1], 1)
+        return scales.expand(rows).contiguous(), None, None if zero is None else zero.expand(rows).contiguous()
+
+
 def _register() -> None:
-    for element in (INT4, INT8, UINT4, UINT8):
+    for element in (INT2, INT3, INT4, INT5, INT6, INT7, INT8, UINT2, UINT3, UINT4, UINT5, UINT6, UINT7, UINT8):
         zero = not element.signed
-        for block in (*BLOCKS, None):
+        for block in (*BLOCKS, None) if element.bits in (4, 8) else (32, 64, 128, None):
             name = f"{element.name}_{f'g{block}' if block else 'row'}"
             dtype = torch.bfloat16 if block else torch.float32  # one scale per row costs nothing
             formats.add(name, NumberFormat(name, element, block, dtype, zero_point=zero))
+        if element.bits in (4, 8):
+            name = f"{element.name}_tensor"
+            formats.add(name, Tensorwise(name, element, None, torch.float32, zero_point=zero))
     for block in BLOCKS:
         name = f"uint4p_g{block}"
         formats.add(name, NumberFormat(name, UINT4, block))

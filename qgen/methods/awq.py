@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from qgen.methods.base import Stats
-from qgen.methods.smooth import factors, search
+from qgen.methods.smooth import factors, pick
 from qgen.recipe import methods
 from qgen.site import Draft, Site
 
@@ -31,4 +31,4 @@ class AWQ:
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:
         one = torch.ones_like(stats.absmean)
-        return search(draft, stats, self.judge_rows, [factors(stats.absmean, one, a, 0.0) for a in self.alphas])
+        return pick(draft, stats, self.judge_rows, [None, *(factors(stats.absmean, one, a, 0.0) for a in self.alphas)])

@@ -1,6 +1,6 @@
 """What a method is, what it may know, and the rule that a refinement stays only where it helps on calls that it was not fitted to."""
 
-__all__ = ["Judge", "Method", "Stats", "best", "refine", "sqnr_db"]
+__all__ = ["Judge", "Method", "Stats", "best", "refine", "rounds_for", "sqnr_db"]
 
 import math
 from collections.abc import Iterable
@@ -23,16 +23,26 @@ class Judge:
         self.rows = rows
         self._want: tuple[Tensor, Tensor, float] | None = None
         self._inputs: tuple[tuple, Tensor] | None = None
+        self._known: list[tuple[tuple, float]] = []
 
     def error(self, draft: Draft) -> float:
         """Squared error of the output, relative to the float output's energy (without bias), as `Draft.error`."""
+        parts = (draft.weight, draft.qweight, draft.up, draft.down, draft.smooth, draft.shift, draft.bias_fix)
+        for seen, error in self._known:
+            if draft.qweight is not None and all(a is b for a, b in zip(seen, parts, strict=True)):
+                return error
+        error = self._error(draft)
+        self._known = [(parts, error), *self._known[:3]]  # a method judges its result, and so does who called it
+        return error
+
+    def _error(self, draft: Draft) -> float:
         if self._want is None or self._want[0] is not draft.weight:
             want = self.rows @ draft.weight.T
             self._want = (draft.weight, want, max(float(want.square().sum()), 1e-30))
         key = (draft.smooth, draft.shift, draft.hadamard, draft.act)
         if self._inputs is None or any(a is not b for a, b in zip(self._inputs[0], key, strict=True)):
             self._inputs = (key, draft.inputs(self.rows))
-        got = torch.addmm(self._want[1], self._inputs[1], draft.rounded().qweight.dequantize().T, beta=-1)
+        got = torch.addmm(self._want[1], self._inputs[1], draft.values().T, beta=-1)
         if draft.up is not None:
             got.addmm_(self.rows @ draft.down.T, draft.up.T)
         if (extra := draft.offset()) is not None:
@@ -105,6 +115,11 @@ def best(drafts: Iterable[Draft], judge: Judge | None) -> Draft:
     if judge is None:
         return next(iter(drafts))
     return min(((judge.error(draft), i, draft) for i, draft in enumerate(drafts)), key=lambda scored: scored[:2])[2]
+
+
+def rounds_for(draft: Draft, rounds: int) -> int:
+    """Alternations worth their time: more than one for weights of up to a million values, where they take milliseconds."""
+    return rounds if draft.weight.numel() <= 1 << 20 else min(rounds, 1)
 
 
 def sqnr_db(error: float) -> float:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qgen.methods.base import Stats
+from qgen.methods.base import Stats, rounds_for
 from qgen.recipe import methods
 from qgen.site import Draft, Site
 
@@ -23,7 +23,8 @@ from qgen.site import Draft, Site
 class LowRank:
     """Lowers the squared error of the weight; refits lower the output error on held-out rows.
 
-    rank: R, capped at a quarter of the smaller side. rounds: refits at most. iterations: power iterations of the SVD.
+    rank: R, capped at a quarter of the smaller side. rounds: refits at most, one in layers of more than a million weights. iterations: power
+    iterations of the SVD.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -44,7 +45,7 @@ class LowRank:
         if stats.judge is None or not self.rounds:
             return chosen
         least, current = stats.judge.error(chosen), chosen
-        for round in range(self.rounds):
+        for round in range(rounds_for(draft, self.rounds)):
             lost = target - current.qweight.dequantize()
             current = with_branch(base, *low_rank(lost, rank, stats.seed + round + 1, self.iterations)).rounded()
             error = stats.judge.error(current)

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from qgen.methods.base import Stats
+from qgen.methods.base import Stats, rounds_for
 from qgen.methods.gptq import GPTQ, factor
 from qgen.methods.lowrank import low_rank, with_branch
 from qgen.recipe import methods
@@ -25,8 +25,8 @@ from qgen.site import Draft, Site
 class Reconstruct:
     """Lowers the output error on held-out rows by refitting the branch that `lowrank` made. Does nothing without a branch.
 
-    damp: fraction of the mean diagonal of H, unless GPTQ before it has found one. rounds: alternations at most; the first that does not
-    help on held-out rows is dropped and ends them.
+    damp: fraction of the mean diagonal of H, unless GPTQ before it has found one. rounds: alternations at most, one in layers of more than a
+    million weights; the first that does not help on held-out rows is dropped and ends them.
     """
 
     name: ClassVar[str] = "reconstruct"
@@ -43,15 +43,13 @@ class Reconstruct:
         rank, damp = draft.up.shape[1], draft.log.get("damp", self.damp)
         whole = replace(draft, up=None, down=None).target()
         chosen, least = draft.rounded(), stats.judge.error(draft)
-        root = factor(draft, stats, damp)  # S = U⁻¹ in the order of the factor's columns
+        root = factor(draft, stats, damp)  # S = L, in the order of the factor's columns
         current = chosen
-        for round in range(self.rounds):
-            lost = (whole - current.qweight.dequantize())[:, root.order]
-            up, down = low_rank(
-                torch.linalg.solve_triangular(root.upper, lost, upper=True, left=False), rank, stats.seed + round
-            )
+        for round in range(rounds_for(draft, self.rounds)):
+            lost = (whole - current.qweight.dequantize())[:, root.order] @ root.lower
+            up, down = low_rank(lost, rank, stats.seed + round)
             fitted = torch.empty_like(down)
-            fitted[:, root.order] = down @ root.upper
+            fitted[:, root.order] = torch.linalg.solve_triangular(root.lower, down, upper=False, left=False)
             current = GPTQ(damps=(damp,)).refine(with_branch(draft, up, fitted), stats)
             error = stats.judge.error(current)
             if not error < least:

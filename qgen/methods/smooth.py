@@ -5,7 +5,7 @@ Each (α, β) is scored by the error of the layer's output, with the low-rank br
 Xiao et al., 2022, https://arxiv.org/abs/2211.10438 · candidates as in SVDQuant, https://arxiv.org/abs/2411.05007
 """
 
-__all__ = ["Smooth", "factors", "search"]
+__all__ = ["Smooth", "factors", "pick"]
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -37,7 +37,7 @@ class Smooth:
     def refine(self, draft: Draft, stats: Stats) -> Draft:
         wmax = draft.weight.abs().amax(0)
         pairs = [(a, b) for a in self.alphas for b in (0.0, 1 - a)]
-        return search(draft, stats, self.judge_rows, [factors(stats.absmax, wmax, a, b) for a, b in pairs])
+        return pick(draft, stats, self.judge_rows, [None, *(factors(stats.absmax, wmax, a, b) for a, b in pairs)])
 
 
 def factors(x: Tensor, w: Tensor, alpha: float, beta: float) -> Tensor:
@@ -49,8 +49,8 @@ def factors(x: Tensor, w: Tensor, alpha: float, beta: float) -> Tensor:
     return s if bool(torch.isfinite(s).all()) else torch.ones_like(s)
 
 
-def search(draft: Draft, stats: Stats, rows: int, candidates: list[Tensor]) -> Draft:
-    """The candidate smoothing with the smallest error on the judge's rows, scored with the recipe's own low-rank step in its quick form."""
+def pick(draft: Draft, stats: Stats, rows: int, candidates: list[Tensor | None]) -> Draft:
+    """The draft with the candidate smoothing (None = none) of the smallest error on the judge's rows, the recipe's own low-rank step inside."""
     branch = next((replace(m, rounds=0, iterations=1) for m in draft.spec.methods if isinstance(m, LowRank)), None)
     judge = Judge(stats.judge.rows[:rows])
 
@@ -58,5 +58,5 @@ def search(draft: Draft, stats: Stats, rows: int, candidates: list[Tensor]) -> D
         trial = replace(draft, smooth=None if smooth is None else draft.stored(smooth), qweight=None)
         return trial if branch is None else branch.refine(trial, stats)
 
-    chosen = best(map(scored, (None, *candidates)), judge)
+    chosen = best(map(scored, candidates), judge)
     return replace(chosen, down=None, up=None, qweight=None)

@@ -124,6 +124,37 @@ def test_nbytes_covers_what_is_held(name):
     assert held <= observer.nbytes(K) <= 1.1 * held
 
 
+@pytest.mark.parametrize("rows", [60, 200, 2000])
+def test_gram_of_few_rows_keeps_them_and_gives_the_same(rows):
+    """Fewer rows than expected, as many, and more; the caller's memory is used again in between."""
+    g, expected = torch.Generator().manual_seed(0), 200
+    lazy, plain, buffer = Gram(expected, 2), Gram(), torch.empty(20, 256, dtype=torch.bfloat16)
+    for _ in range(rows // 20):
+        buffer.copy_(torch.randn(20, 256, generator=g))
+        lazy.update(buffer, Moment())
+        plain.update(buffer, Moment())
+    held = sum(x.nbytes for x in lazy._waiting) if lazy.total is None else lazy.total.nbytes
+    assert lazy.nbytes(256) == expected * 2 * 256 < plain.nbytes(256)
+    assert rows > expected or held <= lazy.nbytes(256)
+    assert torch.allclose(lazy.mean, plain.mean, atol=1e-5) and torch.equal(lazy.mean, lazy.mean)
+    other = Gram(expected, 2)
+    other.update(buffer, Moment())
+    other.merge(lazy)
+    assert other.count == rows + 20 and not other.empty
+
+
+def test_rows_are_kept_as_they_come():
+    reservoir = Reservoir(50, itemsize=2)
+    x = torch.randn(40, K).bfloat16()
+    reservoir.update(x, Moment())
+    want = x.float().sum(1).sort().values
+    x.zero_()
+    kept = reservoir._kept[False]
+    assert kept[1].dtype == torch.bfloat16 and kept[0].nbytes + kept[1].nbytes <= reservoir.nbytes(K)
+    assert reservoir.result().dtype == torch.float32
+    assert torch.allclose(reservoir.result().sum(1).sort().values, want)
+
+
 def test_half_precision_rows_are_summed_in_float32():
     x = torch.full((3000, 2), 0.1, dtype=torch.bfloat16)
     gram, absmax = fed(Gram(), [(x, Moment())]), fed(AbsMax(), [(x, Moment())])

@@ -267,6 +267,42 @@ def test_gptq_does_not_depend_on_how_updates_are_batched(block):
     assert (a.codes != b.codes).float().mean() < 0.005  # float32 sums in another order may move a tie
 
 
+def by_the_inverse(weight, gram, damp):
+    """GPTQ as published: columns by descending diagonal, errors pushed on by the upper Cholesky factor of the inverse, float64."""
+    fmt, w = formats.get("int4_g64"), weight.double()
+    step = fmt.step(fmt.quantize(weight).scales, None).double().repeat_interleave(64, 1)
+    h = gram.double() + damp * gram.diagonal().mean() * torch.eye(len(gram))
+    order = gram.diagonal().argsort(descending=True)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h[order][:, order]), upper=True)
+    w, step, out = w[:, order].clone(), step[:, order], torch.zeros_like(w)
+    for k in range(len(gram)):
+        out[:, k] = (w[:, k] / step[:, k]).round().clamp(-7, 7) * step[:, k]
+        w[:, k:] -= ((w[:, k] - out[:, k]) / upper[k, k])[:, None] * upper[k, k:]
+    back = torch.empty_like(out)
+    back[:, order] = out
+    return back
+
+
+def test_gptq_without_the_inverse_gives_the_published_codes():
+    d, s = draft(act=None), stats()
+    h = hessian(d, s)
+    found, want = gptq(d.target(), h, formats.get("int4_g64"), 0.05).dequantize(), by_the_inverse(d.target(), h, 0.05)
+    assert ((found - want).abs() > 1e-4).float().mean() < 0.005
+    assert objective(found, d.target(), h) == pytest.approx(objective(want.float(), d.target(), h), rel=2e-3)
+
+
+def test_gptq_is_the_same_with_and_without_a_compiler(monkeypatch):
+    from qgen.kernels import cpu_columns
+
+    d, s = draft(act=None), stats()
+    h = hessian(d, s)
+    for name in ("int4_g64", "uint4_g64", "nvfp4"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_columns, "lacking", lambda: "is not wanted")
+            plain = gptq(d.target(), h, formats.get(name), 0.05)
+        assert (gptq(d.target(), h, formats.get(name), 0.05).codes != plain.codes).float().mean() < 0.01
+
+
 def test_hessian_is_the_second_moment_of_what_the_weight_sees():
     d, s = replace(draft(act=None), smooth=torch.rand(K) + 0.5, hadamard=32), stats()
     xh = d.inputs(s.fit, quantized=False).double()
