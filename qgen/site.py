@@ -31,8 +31,9 @@ class Site:
     path: module path in the denoiser. kind: "linear" or "conv2d". block: path of the repeated unit it lives in ("" = none).
     order: position in execution order. shares: name of the input it shares with other sites (observed once). shape: (N, K), for a
     convolution K = channels · kernel height · kernel width. tokens: rows of the input seen by the probe. after: class name of the module
-    that made its input, where the probe saw one ("GELU", "SiLU", …). role: "inside" a repeated block, "context" (inside, and reading what other
-    blocks read too: text for cross-attention), "outside" (embedders, heads), or "vector" (one row per sample: time embeddings, modulation).
+    that made its input, where the probe saw one ("GELU", "SiLU", …). role: "inside" a repeated block, "context" (inside, and reading what
+    other blocks read too: text for cross-attention), "outside" (embedders, heads), or "vector" (one row per sample: time embeddings,
+    modulation).
     """
 
     path: str

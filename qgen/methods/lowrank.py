@@ -23,8 +23,8 @@ from qgen.site import Draft, Site
 class LowRank:
     """Lowers the squared error of the weight; refits lower the output error on held-out rows.
 
-    rank: R, capped at a quarter of the smaller side. rounds: refits at most, one in layers of more than a million weights. iterations: power
-    iterations of the SVD.
+    rank: R, capped at a quarter of the smaller side. rounds: refits at most, one in layers of more than a million weights. iterations:
+    power iterations of the SVD.
     """
 
     name: ClassVar[str] = "lowrank"

@@ -25,8 +25,8 @@ from qgen.site import Draft, Site
 class Reconstruct:
     """Lowers the output error on held-out rows by refitting the branch that `lowrank` made. Does nothing without a branch.
 
-    damp: fraction of the mean diagonal of H, unless GPTQ before it has found one. rounds: alternations at most, one in layers of more than a
-    million weights; the first that does not help on held-out rows is dropped and ends them.
+    damp: fraction of the mean diagonal of H, unless GPTQ before it has found one. rounds: alternations at most, one in layers of more than
+    a million weights; the first that does not help on held-out rows is dropped and ends them.
     """
 
     name: ClassVar[str] = "reconstruct"
