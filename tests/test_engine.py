@@ -99,7 +99,7 @@ def test_the_report_tells_everything_about_every_layer(finished):
             assert (
                 row["sqnr_db"] > 15 and row["sqnr_fit_db"] > 15 and row["nbytes"] == packed(model)[row["path"]].nbytes
             )
-            assert {"smooth", "lowrank", "gptq"} <= set(row["log"])
+            assert {"balance", "lowrank", "gptq"} <= set(row["log"])
     assert whole["path"] == "(output)" and 15 < whole["sqnr_db"] < 60
     assert model.qgen_recipe == CHAIN
 
