@@ -31,8 +31,14 @@ class BadCheckpoint(QgenError, ValueError):
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """One line for an unknown name: the nearest known one first, then all of them."""
+    """One line for an unknown name: the nearest known one first, then all of them, or of very many those most like it."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if len(known) > _MANY:
+        like = difflib.get_close_matches(str(name), known, n=_MANY // 2, cutoff=0.0)
+        return f"unknown {kind} {name!r}{hint}; nearest of {len(known)} known: {', '.join(sorted(like))}"
     return f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"
+
+
+_MANY = 32  # names that still make a line to read

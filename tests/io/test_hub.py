@@ -82,7 +82,7 @@ def test_a_changed_private_api_is_named(tiny, tmp_path, monkeypatch, library):
 def rounded(weight):
     """Codes and scales of a weight by the format alone."""
     flat = weight.float().flatten(1)
-    return formats.get("int4_g64").quantize(nn.functional.pad(flat, (0, -flat.shape[1] % 64)))
+    return formats.get("uint4_g64").quantize(nn.functional.pad(flat, (0, -flat.shape[1] % 64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -165,7 +165,7 @@ def test_pipeline_mapping(tiny, tmp_path, make_demo_pipe):
             if isinstance(c, nn.Module)
         }
         if config.quant_mapping:
-            assert kinds == {"transformer": {"int4_g64"}, "text_encoder": {"nvfp4"}, "vae": set()}
+            assert kinds == {"transformer": {"uint4_g64"}, "text_encoder": {"nvfp4"}, "vae": set()}
         else:
             assert kinds == {"transformer": {"nvfp4"}, "text_encoder": set(), "vae": set()}
     assert torch.tensor(pipe("noto owl", num_inference_steps=1, output_type="np").images).isfinite().all()
