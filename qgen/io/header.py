@@ -219,6 +219,11 @@ def _entry(item: Any, where: Path | str) -> LayerEntry:
             formats.get(name)
     except ValueError as error:
         raise BadCheckpoint(f"{where}: {path!r}: {error}") from None
+    fmt = formats.get(item["weight"])
+    wanted = {slot for slot in fmt.shapes(1, fmt.unit) if slot in ("global_scale", "zero")}
+    if wanted != {"global_scale", "zero"} & set(item["slots"]):
+        told = ", ".join(sorted(wanted)) or "neither global_scale nor zero"
+        raise BadCheckpoint(f"{where}: {path!r}: {fmt.name} has {told}, found {item['slots']}")
     return LayerEntry(
         path,
         item["kind"],

@@ -41,13 +41,12 @@ def slots_of(draft: Draft, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
     draft = draft.rounded()
     start = sum(site.shape[0] for site in draft.sites[:index])
     rows = slice(start, start + draft.sites[index].shape[0])
-    q, bias = draft.qweight, draft.folded_bias()
-    per_row = q.global_scale is not None and q.global_scale.ndim > 0
+    q, bias = draft.qweight.rows(rows), draft.folded_bias()
     slots = {
-        "codes": q.codes[rows],
-        "scales": q.scales[rows],
-        "global_scale": q.global_scale[rows] if per_row else q.global_scale,
-        "zero": None if q.zero is None else q.zero[rows],
+        "codes": q.codes,
+        "scales": q.scales,
+        "global_scale": q.global_scale,
+        "zero": q.zero,
         "smooth": None if draft.smooth is None else draft.smooth.to(draft.dtype),
         "down": None if draft.down is None else draft.down.to(draft.dtype),
         "up": None if draft.up is None else draft.up[rows].to(draft.dtype),
