@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qgen.io.checkpoint import load as load
     from qgen.io.checkpoint import save as save
     from qgen.io.config import QGenConfig as QGenConfig
+    from qgen.io.convert import export as export
     from qgen.nn.lora import fuse_lora as fuse_lora
     from qgen.nn.lora import unfuse_lora as unfuse_lora
     from qgen.recipe import Recipe as Recipe
@@ -46,6 +47,7 @@ _PUBLIC = {
     "prepare": "qgen.engine",
     "save": "qgen.io.checkpoint",
     "load": "qgen.io.checkpoint",
+    "export": "qgen.io.convert",
     "QGenConfig": "qgen.io.config",
     "summary": "qgen.show.summary",
     "report": "qgen.show.report",

@@ -1,9 +1,15 @@
 """What several commands share: errors in words, recipes and prompts from what was typed, folders that must be free, models of any kind."""
 
-__all__ = ["claim", "explain", "load", "note", "own_prompts", "read_prompts", "read_recipe", "typed"]
+__all__ = [
+    "claim", "claim_path", "explain", "exporter_options", "load", "note", "own_prompts", "read_prompts", "read_recipe", "said", "typed",
+    "watched",
+]  # fmt: skip
 
+import contextlib
+import inspect
 import json
 import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +50,53 @@ def claim(out: Path, force: bool) -> Path:
     if out.is_dir() and any(out.iterdir()) and not force:
         raise ValueError(f"--out {out} is not empty; choose another folder, or add --force to write into it")
     return out
+
+
+def claim_path(out: Path, force: bool) -> Path:
+    """`out`, a file or a folder, if nothing is there, an empty folder is, or `force` is given; ValueError otherwise."""
+    if not force and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise ValueError(f"--out {out} is there already; choose another name, or add --force to write over it")
+    return out
+
+
+def exporter_options(to: str, **options: Any) -> dict[str, Any]:
+    """The options that are given, if the exporter called `to` takes them; ValueError for one that it lacks, or for no such exporter."""
+    from qgen.io.peers.base import exporters
+
+    known = inspect.signature(exporters[to].write).parameters
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{name} says nothing to --to {to}, which has one {name} alone; leave it out")
+    return given
+
+
+@contextlib.contextmanager
+def watched(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes with the time left, on stderr; yields what is to be called with (bytes done, bytes in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def said(lines: list[str], most: int = 20) -> None:
+    """What an exporter had to change, on stdout: equal reasons counted, and at most some of them."""
+    from qgen.show.rows import printable
+
+    for line in lines[:most]:
+        typer.echo(printable(line))
+    if len(lines) > most:
+        typer.echo(f"and {len(lines) - most} more layers")
 
 
 def read_prompts(path: Path | None) -> list[str] | None:

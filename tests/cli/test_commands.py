@@ -136,7 +136,7 @@ def test_doctor_names_this_machines_kernels():
 
 def test_version_and_help():
     assert re.match(r"qgen \S+\n", run("--version").stdout)
-    for command in ("demo", "quantize", "eval", "inspect", "recipes", "doctor"):
+    for command in ("demo", "quantize", "convert", "export", "eval", "inspect", "recipes", "doctor"):
         text = run(command, "--help").stdout
         assert "--help" in text
 
@@ -165,8 +165,8 @@ def test_every_option_has_help():
         (["quantize", "demo", "--prompts", "{full}/empty", "--out", "{new}"], "holds no prompt"),
         (["quantize", "demo", "--prompts", "{new}", "--out", "{new}"], "No such file"),
         (["eval", "demo", "--reference", "demo", "--metrics", "pnsr"], "did you mean 'psnr'?"),
-        (["inspect", "{new}"], "no folder"),
-        (["inspect", "{full}"], "holds no checkpoint"),
+        (["inspect", "{new}"], "no file or folder"),
+        (["inspect", "{full}"], "holds no .safetensors file"),
         (["recipes", "w4a17"], "did you mean 'w4a16'?"),
         (["demo", "--recipe", "rtn", "--out", "{new}"], "unknown recipe 'rtn'"),
     ],
