@@ -166,6 +166,9 @@ def _print(rows: list[Row], layers: list[LayerShare], differences: list[str], op
         )
         print(layers_table(layers, options.markdown))
     for row in rows:
+        if " accepted: " in row.note:
+            print(f"WAIVED {row.name}@{row.target}: {row.note}")
+    for row in rows:
         for problem in row.problems:
             print(f"FAILED {row.name}@{row.target}: {problem}")
     for difference in differences:

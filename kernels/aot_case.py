@@ -35,11 +35,13 @@ _SMEM_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 2
 
 @dataclass(frozen=True)
 class Waiver:
-    """A known spill: at most so many bytes spilled (stores and loads) and so many of stack, for a stated reason."""
+    """What a target may exceed, for a stated reason: so many bytes spilled (stores and loads) and of stack, and so many
+    instructions in the loop in place of its budget. A waiver that is not needed any more is reported as a problem."""
 
     spills: int
     reason: str
     stack: int = 0
+    loop: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class AotCase:
     name: unique, "<op>/<variant>". fn: a jit function. signature: argument to Triton type ("*bf16", "i32", "fp32").
     divisible: names of arguments that are multiples of 16. options: num_warps, num_stages, maxnreg, …
     require, forbid: target (or None) to regular expressions, searched in PTX and SASS together (AMD: in the assembly).
-    waivers: target to an accepted spill. budget: target to the most instructions the innermost mma loop may have.
+    waivers: target to what it may exceed. budget: target to the most instructions the innermost mma loop may have.
     macs: operand type ("s4", "s8", "fp4", "fp8", "f16", "bf16") to the multiply-adds of one program in one trip of that
     loop; the mma instructions found are held against it, and it gives the share of the loop that tensor cores work.
     tile: (BM, BN), the output of one program of a matrix product: gives the share at the shape of a whole layer.
@@ -82,7 +84,7 @@ class AotCase:
         return (*self.forbid.get(None, ()), *self.forbid.get(target, ()))
 
     def waiver(self, target: Target) -> Waiver | None:
-        """The accepted spill of `target`, or None."""
+        """What `target` may exceed, or None."""
         return self.waivers.get(target, self.waivers.get(None))
 
     def loop_budget(self, target: Target) -> int | None:

@@ -68,7 +68,10 @@ def check(case: AotCase, target: Target, compiled: Compiled) -> Row:
     waiver = case.waiver(target)
     problems = [*_promises(case, target, compiled, row), *_spills(case, target, compiled, loop)]
     problems += _work(case, loop, compiled.warps)
-    note = f"spill accepted: {waiver.reason}" if waiver and compiled.spills else ""
+    note = ""
+    if waiver:
+        problems += _needless(case, target, row)
+        note = f"{_exceeded(case, target, row)} accepted: {waiver.reason}"
     return Row(**{**vars(row), "problems": tuple(problems), "note": note})
 
 
@@ -96,13 +99,31 @@ def _promises(case: AotCase, target: Target, compiled: Compiled, row: Row) -> li
         problems.append(f"{compiled.shared} bytes of shared memory, {label(target)} has {smem_limit(target)}")
     if compiled.tmem > TMEM_COLUMNS:
         problems.append(f"{compiled.tmem} columns of tensor memory, there are {TMEM_COLUMNS}")
-    budget, floor = case.loop_budget(target), case.least_efficiency(target)
-    if budget is not None and row.loop > budget:
-        problems.append(f"loop of {row.loop} instructions, budget {budget}")
+    budget, floor, waiver = case.loop_budget(target), case.least_efficiency(target), case.waiver(target)
+    allowed = waiver.loop if waiver and waiver.loop else budget
+    if allowed is not None and row.loop > allowed:
+        problems.append(f"loop of {row.loop} instructions, budget {allowed}")
     if budget is not None and not row.loop:
         problems.append("has no loop with matrix instructions")
     if floor is not None and (row.share is None or row.share < floor):
         problems.append(f"tensor cores can work {row.share} of the loop ({row.limit} bound), promised {floor}")
+    return problems
+
+
+def _exceeded(case: AotCase, target: Target, row: Row) -> str:
+    """What a waiver is for, in a few words: "spill", "loop of 606 for 535"."""
+    waiver, budget = case.waiver(target), case.loop_budget(target)
+    return f"loop of {row.loop} for {budget}" if waiver.loop else "spill"
+
+
+def _needless(case: AotCase, target: Target, row: Row) -> list[str]:
+    """Waivers of what fits: of exact targets, since one for all of them may be needed by another."""
+    waiver, budget = case.waivers.get(target), case.loop_budget(target)
+    problems = []
+    if waiver and waiver.spills and not row.spills:
+        problems.append(f"spills nothing: its waiver of {waiver.spills} bytes is not needed")
+    if waiver and waiver.loop and (budget is None or row.loop <= budget):
+        problems.append(f"loop of {row.loop} instructions fits the budget {budget}: its waiver is not needed")
     return problems
 
 
@@ -113,7 +134,7 @@ def _spills(case: AotCase, target: Target, compiled: Compiled, loop: list[Instru
         problems.append(f"spills {compiled.spills} bytes, allowed {allowed}")
     if compiled.stack > max(stack, allowed):
         problems.append(f"{compiled.stack} bytes of stack, allowed {max(stack, allowed)}")
-    if not waiver and any(_SPILL.match(opcode(i.text)) for i in loop):
+    if not allowed and any(_SPILL.match(opcode(i.text)) for i in loop):
         problems.append("loads or stores spilled registers in its loop")
     if called := sum(is_call(i, compiled.listing) for i in loop):
         problems.append(f"calls {called} subroutines in its loop")

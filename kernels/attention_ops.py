@@ -1,6 +1,6 @@
 r"""The op `torch.ops.qgen.attention`: low-bit softmax attention. Schema, checks, shape function, dispatch by name, gradient.
 
-    out, lse = attention(q, k, v, mask, causal, scale, spec, smooth_k, smooth_q, kernel)
+    out, lse = attention(q, k, v, mask, causal, scale, spec, smooth_k, smooth_q, kernel, hadamard=0)
     S = scale · q kᵀ (+ mask),  out = softmax(S) v,  lse = log Σ exp S
 
 q (B, H, Lq, D); k, v (B, Hkv, Lk, D), H a multiple of Hkv; all of one dtype. out (B, H, Lq, D) in that dtype, laid out in memory as
@@ -9,6 +9,8 @@ q (B, H, Lq, D); k, v (B, Hkv, Lk, D), H a multiple of Hkv; all of one dtype. ou
 mask: bool (True = attend) or float (added), broadcastable to (B, H, Lq, Lk), or None. causal: query i sees keys j ≤ i + Lk - Lq
 (bottom-right). scale: > 0, None = 1 / √D. spec: which numbers the two products use, a key of `SPECS`. smooth_k subtracts the mean key,
 which softmax does not see; smooth_q subtracts the mean query of every 128 and adds its exact product with the keys back to S.
+hadamard: size of the block Hadamard transform that q and k go through before they are rounded, 0 = none: their product does not
+change, and a channel that stands out is spread over its block.
 What it all means, number for number, is `attention_reference.py`. Whether a call is long enough to gain is the caller's business.
 """
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qgen.errors import unknown
-from qgen.kernels import ops, registry
+from qgen.kernels import ops, registry, tuning
 from qgen.kernels.registry import Ask, Needs
 
 # Numbers of the products q kᵀ and P v.
@@ -40,10 +42,13 @@ _DEFAULTS = (
     ((10, 3), (10, 3), "fp4_fp8"),
     ((11, 0), (12, 1), "int8_fp8"),
 )
+AMD = ("gfx942", "gfx1100", "gfx1201")  # Instinct MI300, Radeon RX 7900, RX 9070: int8 products with float16 P v
 
 
-def default_spec(capability: tuple[int, int] | None) -> str | None:
-    """The spec to start from on a CUDA device of this capability; None where attention should stay in 16 bits."""
+def default_spec(capability: tuple[int, int] | str | None) -> str | None:
+    """The spec to start from on a GPU of this capability or architecture; None where attention should stay in 16 bits."""
+    if isinstance(capability, str):
+        return "int8" if capability in AMD else None
     for low, high, spec in _DEFAULTS:
         if capability is not None and low <= capability <= high:
             return spec
@@ -68,10 +73,12 @@ class AttentionNeeds(Needs):
         return super().refusals(ask) + why
 
 
-def ask(q: Tensor, spec: str, mask: Tensor | None = None, causal: bool = False, smooth_q: bool = False) -> Ask:
+def ask(
+    q: Tensor, spec: str, mask: Tensor | None = None, causal: bool = False, smooth_q: bool = False, hadamard: int = 0
+) -> Ask:
     """What `registry.choose` needs to know about a call; K is the head dimension. ValueError for an unknown spec."""
     qk, pv = _numbers(spec)
-    flags = {"mask": mask is not None, "causal": causal, "smooth_q": smooth_q}
+    flags = {"mask": mask is not None, "causal": causal, "smooth_q": smooth_q, "hadamard": hadamard > 0}
     return Ask(
         op="attention",
         device=("hip" if torch.version.hip else "cuda") if q.is_cuda else q.device.type,
@@ -79,12 +86,14 @@ def ask(q: Tensor, spec: str, mask: Tensor | None = None, causal: bool = False, 
         act=pv,
         dtype=q.dtype,
         k=q.shape[-1],
-        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda and not torch.version.hip else None,
+        capability=tuning.capability_of(q.device),
         traits=frozenset(name for name, on in flags.items() if on),
     )
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, spec: str) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, spec: str, hadamard: int = 0
+) -> None:
     """Raises ValueError, in one line, for anything the op itself does not mean."""
     _numbers(spec)
     if any(t.is_nested or t.dim() != 4 for t in (q, k, v)):
@@ -105,6 +114,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
         raise ValueError(f"attention wants q, k, v of one float dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
     if scale is not None and not scale > 0:
         raise ValueError(f"attention wants a scale above 0, found {scale}")
+    if hadamard and (hadamard < 2 or hadamard & (hadamard - 1) or d % hadamard):
+        raise ValueError(f"the Hadamard transform of q and k wants a power of two that divides D={d}, found {hadamard}")
     if mask is not None:
         _check_mask(mask, (b, h, lq, lk))
 
@@ -125,7 +136,7 @@ def _numbers(spec: str) -> tuple[str, str]:
 
 ops._library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale, str spec, bool smooth_k, bool smooth_q, "
-    "str kernel) -> (Tensor, Tensor)"
+    "str kernel, int hadamard=0) -> (Tensor, Tensor)"
 )
 ops._library.define(
     "attention_grad(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) "
@@ -133,10 +144,10 @@ ops._library.define(
 )
 
 
-def _attention(q, k, v, mask, causal, scale, spec, smooth_k, smooth_q, kernel):
-    check(q, k, v, mask, scale, spec)
+def _attention(q, k, v, mask, causal, scale, spec, smooth_k, smooth_q, kernel, hadamard=0):
+    check(q, k, v, mask, scale, spec, hadamard)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return registry.find("attention", kernel).run(q, k, v, mask, causal, scale, spec, smooth_k, smooth_q)
+    return registry.find("attention", kernel).run(q, k, v, mask, causal, scale, spec, smooth_k, smooth_q, hadamard)
 
 
 def _attention_grad(dout, dlse, q, k, v, mask, causal, scale):
@@ -150,8 +161,8 @@ ops._library.impl("attention_grad", _attention_grad, "CompositeExplicitAutograd"
 
 
 @torch.library.register_fake("qgen::attention")
-def _(q, k, v, mask, causal, scale, spec, smooth_k, smooth_q, kernel):
-    check(q, k, v, mask, scale, spec)
+def _(q, k, v, mask, causal, scale, spec, smooth_k, smooth_q, kernel, hadamard=0):
+    check(q, k, v, mask, scale, spec, hadamard)
     b, h, lq, d = q.shape
     return q.new_empty((b, lq, h, d)).transpose(1, 2), q.new_empty((b, h, lq), dtype=torch.float32)
 
@@ -173,7 +184,7 @@ def _backward(ctx, dout, dlse):
             "attention has no gradient for its mask; detach the mask, or use torch's scaled_dot_product_attention"
         )
     grads = torch.ops.qgen.attention_grad(dout, dlse, *ctx.saved_tensors, *ctx.rest)
-    return (*grads, *[None] * 7)
+    return (*grads, *[None] * 8)
 
 
 torch.library.register_autograd("qgen::attention", _backward, setup_context=_setup)

@@ -1,11 +1,13 @@
 r"""Low-bit attention in pure torch: the meaning of `qgen::attention`, number for number, and the oracle of its kernels.
 
-Codes (`prepare`), with k' = k - k̄ if smooth_k, q' = q - q̄ if smooth_q, and 0 / 0 = 0 throughout:
-    q'  one scale per token.  int8: amax / 127.  e2m1: amax / 2688, times an e4m3 scale per 16 of D.
-    k'  one scale per 64 keys, otherwise the same.
+Codes (`prepare`), with k' = k - k̄ if smooth_k, q' = q - q̄ if smooth_q, both times a block Hadamard matrix if hadamard (then q̄·k'
+still is the product before it), and 0 / 0 = 0 throughout:
+    q'  int8: one scale per token, amax / 127.  e2m1: one per 128 tokens, amax / 2688, times an e4m3 scale per 16 of D.
+    k'  one scale per 64 keys, otherwise the same.  Scales of e2m1 are at least 2^-40: q̄·k' is stored over the product of both.
     v   one scale per channel.  fp16: the power of two at or below amax, so that nothing is lost and nothing overflows.
         e4m3: amax / v_max.  e2m1: amax / 2688, times an e4m3 scale per 16 keys.
-Logits in units of log 2, so that exp is exp2:  X = (q'·k') + q̄·k' (+ mask), the first product in low bits, the second in float32.
+Logits in units of log 2, so that exp is exp2:  X = (q'·k') + q̄·k' (+ mask), the first product in low bits, the second in float32;
+for e2m1 the second is where the sum of the first starts, before it is scaled.
 Softmax in blocks of 64 keys with a running maximum m (`attend`), as every kernel must walk, since P is rounded relative to m:
     P = round(2^(X - m + off))    off = 0 for fp16, log2 448 for e4m3, log2 2688 for e2m1 (then an e4m3 scale per 16 keys)
     out = Σ P v / Σ 2^(X - m + off),  lse = ln 2 · (m + log2 Σ 2^(X - m)) + scale · q·k̄
@@ -25,6 +27,7 @@ from torch import Tensor
 from qgen.formats import packing
 from qgen.formats.fp4 import E2M1
 from qgen.kernels.attention_ops import SPECS, AttentionNeeds
+from qgen.kernels.reference import hadamard_blocks
 from qgen.kernels.registry import Kernel, register
 
 BLOCK_K = 64  # keys that share a scale, and a step of the softmax
@@ -33,6 +36,7 @@ LOG2E = math.log2(math.e)
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 OFFSET = {"fp16": 0.0, "e4m3": math.log2(E4M3_MAX), "e2m1": math.log2(E4M3_MAX * E2M1_MAX)}
 SMALLEST = 2.0**-100  # a largest magnitude below this counts as zero
+SMALLEST_E2M1 = E4M3_MAX * E2M1_MAX * 2.0**-40  # … and one below this as this, so that no scale of e2m1 is zero
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Codes:
     q: int8 (B, H, Lq, D), or e2m1 pairs uint8 (B, H, Lq, Dp / 2) with q_blocks e4m3 (B, H, Lq, Dp / 16).
     k: the same with Hkv and Lp. q_scale: float32 (B, H, Lq), times scale · log2 e. k_scale: float32 (B, Hkv, Lp / 64).
     v: float16 (B, Hkv, Lp, D); or e4m3 (B, Hkv, D, Lp); or e2m1 pairs (B, Hkv, D, Lp / 2) with v_blocks e4m3 (B, Hkv, D, Lp / 16).
-    v_scale: float32 (B, Hkv, D). delta: float32 (B, H, ceil(Lq / 128), Lp), scale · log2 e · q̄·k', or None without smooth_q.
+    v_scale: float32 (B, Hkv, D). delta: float32 (B, H, ceil(Lq / 128), Lp), scale · log2 e · q̄·k', for e2m1 divided by
+    the scales of q and k, or None without smooth_q.
     shift: float32 (B, H, Lq), scale · q·k̄, or None without smooth_k. lk: Lk.
     """
 
@@ -71,9 +76,10 @@ def attention(
     spec: str,
     smooth_k: bool,
     smooth_q: bool,
+    hadamard: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The op: (out, lse). See `attention_ops` for the arguments."""
-    codes = prepare(q, k, v, scale, spec, smooth_k, smooth_q)
+    codes = prepare(q, k, v, scale, spec, smooth_k, smooth_q, hadamard=hadamard)
     out, lse = attend(codes, mask, causal)
     return as_op_output(out, q), lse
 
@@ -94,6 +100,7 @@ def prepare(
     smooth_q: bool = False,
     v_max: float = E4M3_MAX,
     k_mean: Tensor | None = None,
+    hadamard: int = 0,
 ) -> Codes:
     """Quantizes q (B, H, Lq, D), k and v (B, Hkv, Lk, D); they are not written to.
 
@@ -114,12 +121,22 @@ def prepare(
         delta = torch.einsum("bhmd,bhnd->bhmn", mean.float(), kf.repeat_interleave(groups, 1)) * unit
         delta = _pad(delta, -1, BLOCK_K)
         qf = qf - mean.float().repeat_interleave(BLOCK_Q, 2)[:, :, : q.shape[2]]
+    if hadamard:
+        qf, kf = hadamard_blocks(qf, hadamard), hadamard_blocks(kf, hadamard)
     kf = _pad(kf, 2, BLOCK_K)
     k_amax = kf.abs().unflatten(2, (-1, BLOCK_K)).amax((-1, -2))
-    q_codes, q_blocks, q_scale = _encode(qf, qf.abs().amax(-1), qk)
+    q_amax = qf.abs().amax(-1)
+    if qk == "e2m1":
+        tiles = _pad(q_amax, -1, BLOCK_Q).unflatten(-1, (-1, BLOCK_Q)).amax(-1).clamp(min=SMALLEST_E2M1)
+        q_amax = tiles.repeat_interleave(BLOCK_Q, -1)[..., : q.shape[2]]
+        k_amax = k_amax.clamp(min=SMALLEST_E2M1)
+    q_codes, q_blocks, q_scale = _encode(qf, q_amax, qk)
     k_codes, k_blocks, k_scale = _encode(kf, k_amax, qk)
     v_codes, v_blocks, v_scale = _encode_v(_pad(vf, 2, BLOCK_K), pv, v_max)
     q_scale = q_scale * unit
+    if smooth_q and qk == "e2m1":
+        steps = q_scale[:, :, ::BLOCK_Q, None] * k_scale.repeat_interleave(groups, 1)[:, :, None]
+        delta = delta / steps.repeat_interleave(BLOCK_K, -1)
     return Codes(
         q_codes, q_blocks, q_scale, k_codes, k_blocks, k_scale, v_codes, v_blocks, v_scale, delta, shift, lk, spec
     )
@@ -202,9 +219,12 @@ def attend(codes: Codes, mask: Tensor | None = None, causal: bool = False) -> tu
     for n in range(codes.k_scale.shape[-1]):
         keys = slice(n * BLOCK_K, (n + 1) * BLOCK_K)
         step = codes.q_scale * codes.k_scale[:, :, n : n + 1].repeat_interleave(groups, 1)
-        x = (q @ k[:, :, keys].transpose(2, 3)) * step[..., None]
-        if codes.delta is not None:
-            x = x + codes.delta[:, :, :, keys].repeat_interleave(BLOCK_Q, 2)[:, :, : x.shape[2]]
+        x = q @ k[:, :, keys].transpose(2, 3)
+        if codes.delta is None:
+            x = x * step[..., None]
+        else:
+            delta = codes.delta[:, :, :, keys].repeat_interleave(BLOCK_Q, 2)[:, :, : x.shape[2]]
+            x = (x + delta) * step[..., None] if qk == "e2m1" else x * step[..., None] + delta
         x = _masked(x, mask, seen, keys, codes.lk)
         new = torch.maximum(top, x.amax(-1))
         p = torch.exp2(x - (new - off)[..., None])

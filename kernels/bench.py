@@ -35,7 +35,16 @@ OPS: dict[str, tuple[Callable[..., Contest], tuple[tuple[int, ...], ...]]] = {
     "conv": (bench_linear.conv_contest, bench_linear.CONV_SHAPES),
 }
 OURS = ("triton", "gluon", "scaled_mm")
-TUNED = {"triton_w": "linear", "triton_nvfp4": "fp4", "triton_mxfp4": "fp4", "triton_act": "act"}
+TUNED = {  # beginning of a contestant's name to the op of `tuning.TABLE`; the first that fits
+    "triton_w4a4: 4-bit integers with zero points": "linear_zeros",
+    "triton_w4a4": "linear_groups",
+    "triton_w4a8": "linear_groups",
+    "triton_w4a16": "w4a16",
+    "triton_w": "linear",
+    "triton_nvfp4": "fp4",
+    "triton_mxfp4": "fp4",
+    "triton_act": "act",
+}
 
 
 def main(arguments: Sequence[str] | None = None, clock: Clock | None = None, device: torch.device | None = None) -> int:
@@ -71,7 +80,7 @@ def main(arguments: Sequence[str] | None = None, clock: Clock | None = None, dev
         options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
     if options.tune:
         options.tune.write_text(json.dumps({"gpu": state, "entries": entries}, indent=1), encoding="utf-8")
-        print(f"{len(entries)} faster launches written to {options.tune}")
+        print(f"{len(entries)} faster launches written to {options.tune}; {tuning.VARIABLE}={options.tune} uses them")
     return 1 if any(row.seconds is None and row.name.startswith(OURS) for row in results) else 0
 
 

@@ -18,9 +18,9 @@ from qgen import formats
 from qgen.kernels import doctor, registry
 from qgen.kernels.bench_packages import linear_packages
 from qgen.kernels.bench_run import Contest, Contestant
-from qgen.kernels.ops import SLOTS
 from qgen.kernels.registry import Ask
 from qgen.kernels.roofline import Card, Gemm, gemm_seconds
+from qgen.kernels.slots import Slots
 
 # M, K, N: attention, feed-forward up and down of a 12-billion-parameter image transformer at 1024 x 1024; its
 # modulation.
@@ -81,7 +81,7 @@ def conv_contest(
     truths = {"cuDNN bf16": lambda: F.unfold(x.float(), 3, padding=1).transpose(1, 2) @ weight.float().flatten(1).T}
 
     def patches(kernel):
-        return lambda x, *rest: kernel(F.unfold(x, 3, padding=1).transpose(1, 2).contiguous(), *rest)
+        return lambda x, slots: kernel(F.unfold(x, 3, padding=1).transpose(1, 2).contiguous(), slots)
 
     for name, kernel, slots, packed, rest in _served(weight.flatten(1), device, generator):
         bound = _bound(_gemm(m, n, k, *rest[:2]), card)
@@ -124,8 +124,8 @@ def _slots(weight: Tensor, weight_format: str, rank: int, generator: torch.Gener
 
 
 def _bind(run, x: Tensor, slots: dict[str, Tensor], rest: tuple):
-    arguments = [slots.get(slot) for slot in SLOTS]
-    return lambda: run(x, *arguments, *rest)
+    record = Slots.of(slots, *rest)
+    return lambda: run(x, record)
 
 
 def _gemm(m: int, n: int, k: int, weight_format: str, act: str) -> Gemm:

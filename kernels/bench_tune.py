@@ -1,4 +1,4 @@
-"""Searches launch configurations on this GPU and writes them as data, for `qgen.kernels.tuning.TABLE`.
+"""Searches launch configurations on this GPU and writes them as data, for `qgen.kernels.tuning.load`.
 
 Each candidate is held to the reference first; the fastest that is right is kept, if it beats the present one by more
 than the noise. Nothing searches when a model runs: a table without an entry falls back to its heuristic.
@@ -18,13 +18,14 @@ from qgen.kernels.bench_timer import Clock, Sample
 from qgen.kernels.tuning import LARGE, Launch
 
 NOISE = 0.02  # a new entry must be at least so much faster
+_TILES = tuple(
+    Launch(bm, bn, 64, warps, stages)
+    for bm, bn in ((64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
+    for warps in (4, 8)
+    for stages in (2, 3, 4)
+)
 CANDIDATES: dict[str, tuple[Launch, ...]] = {
-    "linear": tuple(
-        Launch(bm, bn, 64, warps, stages)
-        for bm, bn in ((64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
-    ),
+    **dict.fromkeys(("linear", "linear_groups", "linear_zeros", "w4a16"), _TILES),
     "fp4": tuple(
         Launch(128, bn, bk, warps, stages)
         for bn in (128, 256)

@@ -42,7 +42,7 @@ def weight(
 ) -> Tensor:
     """`reference.weight` in `dtype`, rounded to it once: (N, Kp)."""
     fmt = formats.get(name)
-    if type(fmt).dequantize is not NumberFormat.dequantize or fmt.bits not in (4, 8):
+    if not fmt.plain or fmt.bits not in (4, 8):
         return reference.weight(codes, scales, global_scale, zero, name).to(dtype)
     if dtype != torch.float32 and scales.dtype == dtype and global_scale is None and zero is None:
         return fmt.blocks(decode(codes, fmt.element, dtype)).mul_(scales[..., None]).flatten(-2)

@@ -7,7 +7,7 @@ quicker and close enough (`_product`); then W, x̂ and the low-rank part are eac
 reference's codes. Sums over K are the BLAS library's: its order, hence the last bit, may change with the thread count.
 """
 
-__all__ = []
+__all__ = ["linear", "quantized"]
 
 import torch
 from torch import Tensor
@@ -16,42 +16,31 @@ from torch.nn.functional import linear as matmul
 from qgen import formats
 from qgen.kernels import cpu_codes, reference
 from qgen.kernels.registry import Kernel, Needs, register
+from qgen.kernels.slots import Slots
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def linear(x: Tensor, slots: Slots) -> Tensor:
     """x (…, K) to y (…, N) in x's dtype, from canonical tensors."""
     rows = x.reshape(-1, x.shape[-1])
-    dtype = _product(rows, weight_format)
-    kp = codes.shape[-1] * 8 // formats.get(weight_format).bits
-    xh = rows
-    if act or hadamard or smooth is not None or shift is not None or kp > rows.shape[1]:
-        xh = reference.transform_act(rows, kp, smooth, shift, hadamard)
-    if act:
-        xh = cpu_codes.fake_act(xh, act, act_scale)
-    w = cpu_codes.weight(codes, scales, global_scale, zero, weight_format, dtype)
-    bias = None if bias is None else bias.to(dtype)
-    if down is None:
+    dtype = _product(rows, slots.weight)
+    xh = quantized(rows, slots, slots.codes.shape[-1] * 8 // formats.get(slots.weight).bits)
+    w = cpu_codes.weight(slots.codes, slots.scales, slots.global_scale, slots.zero, slots.weight, dtype)
+    bias = None if slots.bias is None else slots.bias.to(dtype)
+    if slots.down is None:
         y = matmul(xh.to(dtype), w, bias)
     else:
-        y = matmul(matmul(rows.to(dtype), down.to(dtype)), up.to(dtype), bias)
+        y = matmul(matmul(rows.to(dtype), slots.down.to(dtype)), slots.up.to(dtype), bias)
         y = y.addmm_(xh.to(dtype), w.T)
-    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+    return y.to(x.dtype).reshape(*x.shape[:-1], slots.n)
+
+
+def quantized(rows: Tensor, slots: Slots, kp: int) -> Tensor:
+    """x̂ (M, Kp) of rows (M, K): transformed and through the activations' format; the rows themselves if nothing is asked."""
+    plain = slots.smooth is None and slots.shift is None and not slots.hadamard
+    if plain and not slots.act and kp == rows.shape[1]:
+        return rows
+    xh = reference.transform_act(rows, kp, slots.smooth, slots.shift, slots.hadamard)
+    return cpu_codes.fake_act(xh, slots.act, slots.act_scale) if slots.act else xh
 
 
 def _product(rows: Tensor, weight_format: str) -> torch.dtype:

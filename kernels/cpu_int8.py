@@ -18,6 +18,7 @@ from qgen import formats
 from qgen.formats.integer import INT4
 from qgen.kernels import cpu_codes, reference
 from qgen.kernels.registry import Ask, Kernel, Needs, register
+from qgen.kernels.slots import Slots
 
 
 @dataclass(frozen=True)
@@ -31,36 +32,21 @@ class Int8Needs(Needs):
         return why
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def linear(x: Tensor, slots: Slots) -> Tensor:
     """x (…, K) to y (…, N) in x's dtype, from canonical tensors."""
     rows = x.reshape(-1, x.shape[-1])
-    w = int8_weight(codes, scales, weight_format)
-    step_w = (scales if global_scale is None else global_scale).float().T  # (1, N)
-    q, step_x = quantize(reference.transform_act(rows, w.shape[1], smooth, shift, hadamard), act_scale)
+    w, bias = int8_weight(slots.codes, slots.scales, slots.weight), slots.bias
+    step_w = (slots.scales if slots.global_scale is None else slots.global_scale).float().T  # (1, N)
+    xh = reference.transform_act(rows, w.shape[1], slots.smooth, slots.shift, slots.hadamard)
+    q, step_x = quantize(xh, slots.act_scale)
     y = torch._int_mm(q, w.T).float().mul_(step_x).mul_(step_w)
-    if down is not None:
+    if slots.down is not None:
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and cpu_codes.fast_bf16() else torch.float32
-        h = matmul(rows.to(dtype), down.to(dtype))
-        y += matmul(h, up.to(dtype), None if bias is None else bias.to(dtype))
+        h = matmul(rows.to(dtype), slots.down.to(dtype))
+        y += matmul(h, slots.up.to(dtype), None if bias is None else bias.to(dtype))
     elif bias is not None:
         y += bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+    return y.to(x.dtype).reshape(*x.shape[:-1], slots.n)
 
 
 def int8_weight(codes: Tensor, scales: Tensor, weight_format: str) -> Tensor:

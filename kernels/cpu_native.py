@@ -18,6 +18,7 @@ from torch import Tensor
 from qgen import formats
 from qgen.kernels import cpu_compile
 from qgen.kernels.registry import Ask, Kernel, Needs, register
+from qgen.kernels.slots import Slots
 
 INT4 = ("int4_s8_g32", "int4_s8_g64", "int4_s8_g128")
 PANEL = 64  # outputs that are unpacked together
@@ -59,24 +60,9 @@ class NativeNeeds(Needs):
         return why
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def linear(x: Tensor, slots: Slots) -> Tensor:
     """x (…, K) to y (…, N) in x's dtype; codes, scales, down and up in the layouts of `pack`."""
+    codes, scales, global_scale, _, smooth, down, up, bias, shift, act_scale, weight_format, _, n, _ = slots
     fused = down is None or _fusible(down)
     bf16 = fused and all(t is None or t.dtype == torch.bfloat16 for t in (x, smooth, shift, bias, down))
     dtype = torch.bfloat16 if bf16 else torch.float32

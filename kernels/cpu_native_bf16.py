@@ -15,46 +15,25 @@ from torch import Tensor
 from torch.nn.functional import linear as matmul
 
 from qgen import formats
-from qgen.formats import NumberFormat
-from qgen.kernels import cpu_codes, cpu_compile, cpu_dequant, reference
+from qgen.kernels import cpu_compile, cpu_dequant
 from qgen.kernels.cpu_native import PANEL, NativeNeeds, _Args, _fusible, _pack_up, _point, _unpack_up
 from qgen.kernels.registry import Ask, Kernel, register
+from qgen.kernels.slots import Slots
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def linear(x: Tensor, slots: Slots) -> Tensor:
     """x (…, K) to y (…, N) in x's dtype; codes and up in the layouts of `pack`, the rest canonical."""
     rows = x.reshape(-1, x.shape[-1])
+    n, down, bias = slots.n, slots.down, slots.bias
     fused = down is None or _fusible(down)
     if x.dtype != torch.bfloat16 or len(rows) < 32 or not fused:
-        up = _unpack_up(up, n) if down is not None and fused else up
-        slots = (_unpack_codes(codes, n), scales, global_scale, zero, smooth, down, up, bias, shift, act_scale)
-        return cpu_dequant.linear(x, *slots, weight_format, act, n, hadamard)
-    kp, fmt = codes.shape[-1] * 2, formats.get(weight_format)
-    xh = rows
-    if act or hadamard or smooth is not None or shift is not None or kp > rows.shape[1]:
-        xh = reference.transform_act(rows, kp, smooth, shift, hadamard)
-    if act:
-        xh = cpu_codes.fake_act(xh, act, act_scale)
+        up = _unpack_up(slots.up, n) if down is not None and fused else slots.up
+        return cpu_dequant.linear(x, slots._replace(codes=_unpack_codes(slots.codes, n), up=up))
+    kp, fmt = slots.codes.shape[-1] * 2, formats.get(slots.weight)
     tensors = {
-        "x": xh.to(torch.bfloat16).contiguous(),
-        "weight": codes,
-        "up": up,
+        "x": cpu_dequant.quantized(rows, slots, kp).to(torch.bfloat16).contiguous(),
+        "weight": slots.codes,
+        "up": slots.up,
         "hidden": None if down is None else matmul(rows, down),
         "bias": None if bias is None else bias.to(torch.bfloat16),
         "y": rows.new_empty(len(rows), n),
@@ -64,8 +43,8 @@ def linear(
     args.m, args.kp, args.n, args.r = len(rows), kp, n, 0 if down is None else len(down)
     args.block, args.threads = fmt.block or kp, torch.get_num_threads()
     table = fmt.element.decode(torch.arange(16, dtype=torch.uint8), torch.float32)
-    step = _panels(fmt.step(scales, global_scale))
-    zeros = None if zero is None else _panels(zero.float())
+    step = _panels(fmt.step(slots.scales, slots.global_scale))
+    zeros = None if slots.zero is None else _panels(slots.zero.float())
     pointers = (table.data_ptr(), step.data_ptr(), None if zeros is None else zeros.data_ptr())
     cpu_compile.library().qgen_multiply_bf16(ctypes.byref(args), *map(ctypes.c_void_p, pointers))
     return tensors["y"].reshape(*x.shape[:-1], n)
@@ -107,8 +86,7 @@ def _served() -> tuple[str, ...]:
     """4-bit formats whose scales change along K at least every 128 columns: see `cpu_dequant._product`."""
     able = []
     for name, fmt in formats.formats.items():
-        plain = type(fmt).dequantize is NumberFormat.dequantize and fmt.bits == 4
-        if plain and 8 <= (fmt.block or 256) <= 128:
+        if fmt.plain and fmt.bits == 4 and 8 <= (fmt.block or 256) <= 128:
             able.append(name)
     return tuple(able)
 

@@ -31,8 +31,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qgen.kernels.aot_case import AotCase
-from qgen.kernels.layouts import GROUP, codes_from_groups, codes_to_groups, pad_rows, round_up
+from qgen.kernels.layouts import GROUP, HADAMARDS, codes_from_groups, codes_to_groups, pad_rows, round_up
 from qgen.kernels.registry import Ask, Kernel, Needs, register
+from qgen.kernels.slots import Slots
 from qgen.kernels.triton_act import Activations, quantize_act
 
 MAGIC = gl.constexpr(0x4B400000)
@@ -261,29 +262,15 @@ def _kind(act_format: str) -> str:
     return f"m16n8k64.row.col.s32.{ACTS[act_format]}.s4.s32"
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def linear(x: Tensor, slots: Slots) -> Tensor:
     """The op `qgen::linear` for packed slots: two launches, activations and product. See `reference.linear`."""
     rows = x.reshape(-1, x.shape[-1])
     m = rows.shape[0]
     rows = pad_rows(rows, max(m, TILES_M * TILE))  # few rows: a program wants a whole tile
-    quantized = quantize_act(rows, act, codes.shape[0] * GROUP, smooth, shift, down, hadamard)
-    return int4_gemm(quantized, act, codes, scales, up, bias, n)[:m].view(*x.shape[:-1], n)
+    kp = slots.codes.shape[0] * GROUP
+    a = quantize_act(rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard)
+    y = int4_gemm(a, slots.act, slots.codes, slots.scales, slots.up, slots.bias, slots.n)
+    return y[:m].view(*x.shape[:-1], slots.n)
 
 
 register(
@@ -298,6 +285,7 @@ register(
             dtypes=(torch.bfloat16,),
             package="triton",
             refuses=frozenset({"static_act"}),
+            hadamards=HADAMARDS,
         ),
         linear,
         priority=-200,  # below the reference: only by name, until somebody has run it

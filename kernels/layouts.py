@@ -19,7 +19,7 @@ https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout
 """
 
 __all__ = [
-    "GROUP", "codes_from_groups", "codes_to_groups", "grouped_scales", "offset_binary", "pad_rows", "round_up",
+    "GROUP", "HADAMARDS", "codes_from_groups", "codes_to_groups", "grouped_scales", "offset_binary", "pad_rows", "round_up",
     "scales_from_groups", "swizzle_scales", "unswizzle_scales",
 ]  # fmt: skip
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from qgen.formats import packing
 
 GROUP = 64  # columns in one step of the integer kernels
+HADAMARDS = (16, 32, 64, 128, 256)  # sizes of the block transform that the activation kernel computes on its way
 
 
 def round_up(n: int, multiple: int) -> int:

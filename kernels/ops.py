@@ -4,26 +4,13 @@ The name of the kernel is a literal argument: it shows in a graph dump and costs
 scales as they like (`Kernel.pack`); the meaning of an op is its pure-torch implementation in `reference.py`.
 """
 
-__all__ = ["SLOTS", "linear"]
+__all__ = ["SLOTS", "Slots", "linear"]
 
 import torch
 from torch import Tensor
 
 from qgen.kernels import registry
-
-# Tensors of a quantized linear layer, in the order of the schema. Shapes in canonical layout; Kp = K padded to the format's block.
-SLOTS = (
-    "codes",  # (N, Kp * bits / 8) uint8
-    "scales",  # (N, Kp / block)
-    "global_scale",  # () or (N, 1) float32, or None
-    "zero",  # (N, Kp / block), or None
-    "smooth",  # (K,), the input is divided by it, or None
-    "down",  # (R, K), acts on the raw input, or None
-    "up",  # (N, R), or None
-    "bias",  # (N,), or None
-    "shift",  # () or (K,), added to the raw input before smoothing, not seen by `down`, or None
-    "act_scale",  # () or (Kp / block,) float32 static activation scales, or None = dynamic
-)
+from qgen.kernels.slots import SLOTS, Slots
 
 _library = torch.library.Library("qgen", "DEF")
 _library.define(
@@ -38,19 +25,20 @@ _library.define(
 
 def _linear(x: Tensor, *args, kernel: str | None = None) -> Tensor:
     *args, name = args if kernel is None else (*args, kernel)
-    run = registry.find("linear", name).run
+    run, slots = registry.find("linear", name).run, Slots._make(args)
     if torch.is_autocast_enabled(x.device.type):  # a kernel chooses its own precision
         with torch.autocast(x.device.type, enabled=False):
-            return run(x, *args)
-    return run(x, *args)
+            return run(x, slots)
+    return run(x, slots)
 
 
 def _linear_grad(dy: Tensor, *args) -> Tensor:
     from qgen.kernels import reference
 
-    *args, name = args
+    *tensors, k, weight, hadamard, name = args
+    slots = Slots(*tensors, weight=weight, n=dy.shape[-1], hadamard=hadamard)
     with torch.autocast(dy.device.type, enabled=False):
-        return reference.linear_grad(dy, *args, name)
+        return reference.linear_grad(dy, slots, k, name)
 
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")

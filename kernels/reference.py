@@ -7,7 +7,7 @@ are multiplied by reciprocals (1 / smooth, 1 / scale), as the fused kernels do, 
 computed in float32 and returned in the dtype of x.
 """
 
-__all__ = ["fake_act", "hadamard_blocks", "linear", "linear_grad", "quantize_act", "transform_act", "weight"]
+__all__ = ["fake_act", "hadamard_blocks", "linear", "linear_grad", "product", "quantize_act", "transform_act", "weight"]
 
 import math
 from functools import lru_cache
@@ -18,73 +18,42 @@ from torch import Tensor
 from qgen import formats
 from qgen.formats import QTensor
 from qgen.kernels.registry import Ask, Kernel, Needs, find, register
+from qgen.kernels.slots import SLOTS, Slots
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
-    """x (…, K) to y (…, N) in x's dtype. See `qgen.kernels.ops.SLOTS` for the tensors."""
-    w = weight(codes, scales, global_scale, zero, weight_format)  # (N, Kp)
-    xh = transform_act(x, w.shape[1], smooth, shift, hadamard)
-    if act:
-        xh = fake_act(xh, act, act_scale)
+def linear(x: Tensor, slots: Slots) -> Tensor:
+    """x (…, K) to y (…, N) in x's dtype. See `qgen.kernels.slots` for the tensors."""
+    return product(x, slots).to(x.dtype)
+
+
+def product(x: Tensor, slots: Slots) -> Tensor:
+    """`linear` before it is rounded: (…, N) float32."""
+    w = weight(slots.codes, slots.scales, slots.global_scale, slots.zero, slots.weight)  # (N, Kp)
+    xh = transform_act(x, w.shape[1], slots.smooth, slots.shift, slots.hadamard)
+    if slots.act:
+        xh = fake_act(xh, slots.act, slots.act_scale)
     y = xh @ w.T
-    if down is not None:
-        y = y + (x.float() @ down.float().T) @ up.float().T
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype)
+    if slots.down is not None:
+        y = y + (x.float() @ slots.down.float().T) @ slots.up.float().T
+    return y if slots.bias is None else y + slots.bias.float()
 
 
-def linear_grad(
-    dy: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    k: int,
-    weight_format: str,
-    hadamard: int,
-    kernel: str,
-) -> Tensor:
-    """Gradient (…, K) of `linear` with respect to x, straight through the rounding of activations."""
-    ask = Ask("linear", dy.device.type, weight_format, n=dy.shape[-1], k=k)
-    slots = {
-        "codes": codes,
-        "scales": scales,
-        "global_scale": global_scale,
-        "zero": zero,
-        "smooth": smooth,
-        "down": down,
-        "up": up,
-    }
-    slots = find("linear", kernel).unpack({name: t for name, t in slots.items() if t is not None}, ask)
-    w = weight(slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), weight_format)
-    dx = dy.float() @ w
-    if hadamard:
-        dx = hadamard_blocks(dx, hadamard)
+def linear_grad(dy: Tensor, slots: Slots, k: int, kernel: str) -> Tensor:
+    """Gradient (…, K) of `linear` with respect to x, straight through the rounding of activations.
+
+    slots: as `kernel` lays them out; only what the derivative of a linear map needs is read.
+    """
+    ask = Ask("linear", dy.device.type, slots.weight, n=dy.shape[-1], k=k)
+    tensors = {name: t for name in SLOTS[:7] if (t := getattr(slots, name)) is not None}
+    slots = Slots.of(find("linear", kernel).unpack(tensors, ask), slots.weight, "", slots.n, slots.hadamard)
+    dx = dy.float() @ weight(slots.codes, slots.scales, slots.global_scale, slots.zero, slots.weight)
+    if slots.hadamard:
+        dx = hadamard_blocks(dx, slots.hadamard)
     dx = dx[..., :k]
-    if smooth is not None:
-        dx = dx / slots["smooth"].float()
-    if down is not None:
-        dx = dx + (dy.float() @ slots["up"].float()) @ slots["down"].float()
+    if slots.smooth is not None:
+        dx = dx / slots.smooth.float()
+    if slots.down is not None:
+        dx = dx + (dy.float() @ slots.up.float()) @ slots.down.float()
     return dx.to(dy.dtype)
 
 

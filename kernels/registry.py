@@ -28,7 +28,9 @@ class Ask:
 
     device: "cpu", "cuda" or "hip". capability: CUDA compute capability as a tuple (8, 9), or the AMD architecture "gfx942", or None.
     weight, act: names of number formats; act "" = activations stay float. traits: extras in use, of
-    {"smooth", "lowrank", "hadamard", "shift", "static_act", "bias"}.
+    {"smooth", "lowrank", "hadamard", "shift", "static_act", "bias"}. hadamard: size of the block transform along K, 0 =
+    none. static: "" = scales of activations are computed on the fly, "tensor" = one is stored for all, "block" = one for
+    each block along K. Both belong to the trait of their name.
     """
 
     op: str
@@ -41,17 +43,25 @@ class Ask:
     rank: int = 0
     capability: tuple[int, int] | str | None = None
     traits: frozenset[str] = frozenset()
+    hadamard: int = 0
+    static: str = ""
 
     def __str__(self) -> str:
         found = self.capability
         arch = "" if found is None else f" {found}" if isinstance(found, str) else f" sm_{found[0]}{found[1]}"
         formats = f"{self.weight} x {self.act or 'float'}"
-        return f"{self.op}({formats}, K={self.k}, N={self.n}, {str(self.dtype)[6:]}) on {self.device}{arch}"
+        extras = f", Hadamard {self.hadamard}" if self.hadamard else ""
+        extras += f", static scales per {self.static}" if self.static else ""
+        return f"{self.op}({formats}, K={self.k}, N={self.n}, {str(self.dtype)[6:]}{extras}) on {self.device}{arch}"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a kernel requires, as data. An empty tuple or None means "anything"."""
+    """What a kernel requires, as data. An empty tuple or None means "anything".
+
+    hadamards: sizes of the block transform that it computes. statics: kinds of stored activation scales that it reads, see
+    `Ask.static`; () = none. refuses: traits that it cannot do at all.
+    """
 
     devices: tuple[str, ...] = ()
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None
@@ -64,6 +74,8 @@ class Needs:
     rank_multiple: int = 1
     package: str | None = None
     refuses: frozenset[str] = frozenset()
+    hadamards: tuple[int, ...] = ()
+    statics: tuple[str, ...] | None = None
 
     def refusals(self, ask: Ask) -> list[str]:
         """Reasons why `ask` cannot be served; empty if it can."""
@@ -92,6 +104,11 @@ class Needs:
                 why.append(f"needs {name} divisible by {multiple}, found {value}")
         if self.refuses & ask.traits:
             why.append(f"cannot do {', '.join(sorted(self.refuses & ask.traits))}")
+        if ask.hadamard and self.hadamards and ask.hadamard not in self.hadamards:
+            why.append(f"serves block transforms of {'/'.join(map(str, self.hadamards))}, asked {ask.hadamard}")
+        if ask.static and self.statics is not None and ask.static not in self.statics:
+            served = f"stored per {'/'.join(self.statics)}" if self.statics else "computed on the fly"
+            why.append(f"serves scales of activations {served}, asked one per {ask.static}")
         if self.package and importlib.util.find_spec(self.package) is None:
             why.append(f"needs the package {self.package!r}, which is not installed")
         return why
@@ -105,7 +122,7 @@ def _same(tensors: dict[str, torch.Tensor], ask: Ask) -> dict[str, torch.Tensor]
 class Kernel:
     """One implementation of an op.
 
-    run: called with the op's arguments, less `kernel`. rank: among kernels that can serve, the highest wins.
+    run: called with the op's tensors, `run(x, slots)` for "linear". priority: among kernels that can serve, the highest wins.
     pack, unpack: `{slot: tensor}` in canonical bytes to the layout that `run` reads, and back; exact inverses.
     """
 

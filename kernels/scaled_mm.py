@@ -17,83 +17,54 @@ import torch
 from torch import Tensor
 
 from qgen.kernels import reference
-from qgen.kernels.layouts import pad_rows, round_up, swizzle_scales, unswizzle_scales
+from qgen.kernels.layouts import HADAMARDS, pad_rows, round_up, swizzle_scales, unswizzle_scales
 from qgen.kernels.registry import Ask, Kernel, Needs, register
+from qgen.kernels.slots import Slots
 
 FP8 = ("fp8_e4m3_row", "fp8_e4m3_tensor")
 NVFP4_BLOCK = 16
 
 
-def fp8_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def fp8_linear(x: Tensor, slots: Slots) -> Tensor:
     """The op `qgen::linear` for e4m3 weights and activations, x (…, K) to (…, N) bf16; scales per row or per tensor."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], n)
-    q = reference.quantize_act(reference.transform_act(rows, codes.shape[1], smooth, shift, hadamard), act, act_scale)
-    scale_x, scale_w = q.scales, scales.T.contiguous()  # (M, 1), (1, N)
-    if act.endswith("tensor") and weight_format.endswith("tensor"):
+        return x.new_empty(*x.shape[:-1], slots.n)
+    xh = reference.transform_act(rows, slots.codes.shape[1], slots.smooth, slots.shift, slots.hadamard)
+    q = reference.quantize_act(xh, slots.act, slots.act_scale)
+    scale_x, scale_w = q.scales, slots.scales.T.contiguous()  # (M, 1), (1, N)
+    if slots.act.endswith("tensor") and slots.weight.endswith("tensor"):
         scale_x, scale_w = scale_x[0, 0], scale_w[0, 0]  # one number each: no epilogue per row
-    a, b = q.codes.view(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn)
-    bias = None if bias is None else bias.to(x.dtype)
+    a, b = q.codes.view(torch.float8_e4m3fn), slots.codes.view(torch.float8_e4m3fn)
+    bias = None if slots.bias is None else slots.bias.to(x.dtype)
     y = torch._scaled_mm(a, b.T, scale_x, scale_w, bias=bias, out_dtype=x.dtype)
-    if down is not None:
-        y = torch.addmm(y, rows @ down.T.to(x.dtype), up.T.to(x.dtype))
-    return y.view(*x.shape[:-1], n)
+    if slots.down is not None:
+        y = torch.addmm(y, rows @ slots.down.T.to(x.dtype), slots.up.T.to(x.dtype))
+    return y.view(*x.shape[:-1], slots.n)
 
 
-def nvfp4_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def nvfp4_linear(x: Tensor, slots: Slots) -> Tensor:
     """The op `qgen::linear` for NVFP4 weights and activations in packed slots, x (…, K) to (…, N) bf16."""
     rows = x.reshape(-1, x.shape[-1])
     m = rows.shape[0]
     if m == 0:
-        return x.new_empty(*x.shape[:-1], n)
-    cx, sx, h = _quantize_nvfp4(rows, 2 * codes.shape[1], smooth, down, shift, hadamard)
+        return x.new_empty(*x.shape[:-1], slots.n)
+    cx, sx, h = _quantize_nvfp4(rows, slots)
     product = torch._scaled_mm(
-        cx.view(torch.float4_e2m1fn_x2), codes.view(torch.float4_e2m1fn_x2).T,
-        sx.flatten(), scales.flatten(), out_dtype=x.dtype,
-    )[:m, :n]  # fmt: skip
-    y = product.float() if global_scale is None else product * global_scale.float().reshape(1, -1)
-    if bias is not None:
-        y = y + bias
+        cx.view(torch.float4_e2m1fn_x2), slots.codes.view(torch.float4_e2m1fn_x2).T,
+        sx.flatten(), slots.scales.flatten(), out_dtype=x.dtype,
+    )[:m, : slots.n]  # fmt: skip
+    y = product.float() if slots.global_scale is None else product * slots.global_scale.float().reshape(1, -1)
+    if slots.bias is not None:
+        y = y + slots.bias
     if h is not None:
-        y = y + h @ up.T.to(h.dtype)
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+        y = y + h @ slots.up.T.to(h.dtype)
+    return y.to(x.dtype).view(*x.shape[:-1], slots.n)
 
 
-def _quantize_nvfp4(rows, kp, smooth, down, shift, hadamard) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (M', kp / 2), swizzled scales, x · downᵀ (M, R) or None; M' = M or M padded to 128."""
+def _quantize_nvfp4(rows: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (M', Kp / 2), swizzled scales, x · downᵀ (M, R) or None; M' = M or M padded to 128."""
+    kp, smooth, shift, down, hadamard = 2 * slots.codes.shape[1], slots.smooth, slots.shift, slots.down, slots.hadamard
     if rows.is_cuda and importlib.util.find_spec("triton") is not None:
         from qgen.kernels.triton_act import quantize_act
 
@@ -127,6 +98,7 @@ register(
             dtypes=(torch.bfloat16,),
             k_multiple=16,
             n_multiple=16,
+            statics=("tensor",),
         ),
         fp8_linear,
         priority=10,
@@ -145,6 +117,7 @@ register(
             k_multiple=64,
             n_multiple=16,
             refuses=frozenset({"static_act"}),
+            hadamards=HADAMARDS,
         ),
         nvfp4_linear,
         priority=10,

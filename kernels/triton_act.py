@@ -19,9 +19,9 @@ columns to be appended to h: x̂ ≈ u · scale + zero, and zero · (group sum o
 Layouts: `qgen.kernels.layouts`. Idea of the fused pass: Li et al., SVDQuant, 2024, https://arxiv.org/abs/2411.05007
 """
 
-__all__ = ["ACTS", "Activations", "aot_cases", "quantize_act", "reciprocal"]
+__all__ = ["ACTS", "MAX_RANK", "Activations", "aot_cases", "quantize_act", "reciprocal"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qgen.kernels import tuning
 from qgen.kernels.aot_case import AotCase
-from qgen.kernels.layouts import GROUP, round_up
+from qgen.kernels.layouts import GROUP, HADAMARDS, round_up
 from qgen.kernels.triton_hadamard import rotate
 from qgen.kernels.triton_producers import Producer, produce, row_statistics
 
@@ -53,13 +53,17 @@ E2M1_ASM = tl.constexpr("""{ .reg .b8 b0, b1, b2, b3;
 
 @dataclass(frozen=True)
 class Activations:
-    """What a matrix kernel reads of its left operand; see the table above. h: (M, R') float32 or bf16, or None."""
+    """What a matrix kernel reads of its left operand; see the table above. h: (M, R') float32 or bf16, or None.
+
+    counters: (programs,) int32 zeros, one per program of the activation kernel, or None.
+    """
 
     codes: Tensor | None
     scales: Tensor | None
     zeros: Tensor | None
     h: Tensor | None
     m: int
+    counters: Tensor | None = None
 
 
 @triton.jit
@@ -174,13 +178,46 @@ def _e2m1(x):
 
 @triton.jit
 def _quantize_rows(
-    x, smooth, shift, down, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, M, K, KP, R, stride_x,
+    x, smooth, shift, down, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, clear, M, K, KP, R, stride_x,
     rows_per_image, gate_stride, eps,
     BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr, HAD: tl.constexpr, KIND:
     tl.constexpr,
 ):  # fmt: skip
-    """int8_row: x (M, K) to codes (KP/64, M, 64), scales (M,), h (M, RP). The second reading of x comes from the L2 cache."""
+    """int8_row, BM rows per program. clear: (programs,) int32 that become 0, or None."""
+    if clear is not None:
+        tl.store(clear + tl.program_id(0), 0)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows_to_int8(
+        x, smooth, shift, down, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R, stride_x,
+        rows_per_image, gate_stride, eps, BM, BK, RP, SHIFT_ROW, HAD, KIND,
+    )  # fmt: skip
+
+
+@triton.jit
+def _quantize_blocks(
+    x, smooth, shift, down, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, clear, M, K, KP, R,
+    stride_x, rows_per_image, gate_stride, eps,
+    ACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr,
+    HAD: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Formats with a scale per block of K; ACT "none" computes h alone. clear: (programs,) int32 that become 0, or None."""
+    if clear is not None:
+        tl.store(clear + tl.program_id(0), 0)
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows_to_blocks(
+        x, smooth, shift, down, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R,
+        stride_x, rows_per_image, gate_stride, eps, ACT, BM, BK, RP, SHIFT_ROW, HAD, KIND, ASM,
+    )  # fmt: skip
+
+
+@triton.jit
+def rows_to_int8(
+    x, smooth, shift, down, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R, stride_x,
+    rows_per_image, gate_stride, eps,
+    BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr, HAD: tl.constexpr, KIND:
+    tl.constexpr,
+):  # fmt: skip
+    """Rows (BM,) of x (M, K) to codes (KP/64, M, 64), scales (M,), h (M, RP). The second reading comes from the L2 cache."""
     live = rows < M
     mean, rstd = tl.zeros((BM,), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
     if KIND == "layernorm" or KIND == "rmsnorm":
@@ -216,14 +253,13 @@ def _quantize_rows(
 
 
 @triton.jit
-def _quantize_blocks(
-    x, smooth, shift, down, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, M, K, KP, R, stride_x,
-    rows_per_image, gate_stride, eps,
+def rows_to_blocks(
+    x, smooth, shift, down, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R,
+    stride_x, rows_per_image, gate_stride, eps,
     ACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr,
     HAD: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Formats with a scale per block of K, in one reading of x; ACT "none" computes h alone."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    """Rows (BM,) of x to codes, scales, zeros and h of a format with a scale per block of K, in one reading."""
     live = rows < M
     mean, rstd = tl.zeros((BM,), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
     if KIND == "layernorm" or KIND == "rmsnorm":
@@ -337,6 +373,7 @@ def quantize_act(
     hadamard: int = 0,
     producer: Producer | None = None,
     asm: bool | None = None,
+    clear: bool = False,
 ) -> Activations:
     """Quantizes rows x (M, K) to the format `act` and multiplies them with `down`; one launch.
 
@@ -348,6 +385,7 @@ def quantize_act(
         hadamard: size of the block transform, a power of two from 16 to 256 that divides kp, or 0.
         producer: what to apply to x first; `down` sees its result.
         asm: whether e2m1 codes come from the hardware's conversion; None = where there is one.
+        clear: whether to return zeroed counters as well, for a kernel that follows.
 
     Raises ValueError for a format, a rank above 256, a padding or a transform that it cannot do.
     """
@@ -361,12 +399,14 @@ def quantize_act(
     fp4 = act in _BLOCK
     bm, bk = tile_for(config, hadamard)
     grid = (triton.cdiv(round_up(m, 128) if fp4 else m, bm),)
+    if clear:
+        out = replace(out, counters=x.new_empty(grid, dtype=torch.int32))
     if m == 0:
         return out
     tensors = {"x": x, "smooth": smooth, "shift": shift, "down": down, "codes": out.codes, "scales": out.scales}
     images = next((t.shape[0] for t in (producer.scale, producer.shift) if t is not None), 1)
     rest = {
-        "h": out.h, "gamma": producer.gamma, "beta": producer.beta, "mod_scale": producer.scale,
+        "clear": out.counters, "h": out.h, "gamma": producer.gamma, "beta": producer.beta, "mod_scale": producer.scale,
         "mod_shift": producer.shift, "gate": producer.gate, "M": m, "K": k, "KP": kp, "R": rank,
         "stride_x": x.stride(0), "rows_per_image": max(m // images, 1),
         "gate_stride": 0 if producer.gate is None else producer.gate.stride(0), "eps": float(producer.eps),
@@ -396,7 +436,7 @@ def _check(x: Tensor, act: str | None, kp: int, down: Tensor | None, hadamard: i
     unit = max(4 * _BLOCK.get(act or "", 0), GROUP)
     if kp % unit or kp < x.shape[1]:
         raise ValueError(f"{act or 'none'} needs K padded to a multiple of {unit}, at least {x.shape[1]}; found {kp}")
-    if hadamard and (hadamard & (hadamard - 1) or not 16 <= hadamard <= 256 or kp % hadamard):
+    if hadamard and (hadamard not in HADAMARDS or kp % hadamard):
         raise ValueError(f"a fused Hadamard needs a power of two, 16 to 256, that divides {kp}; found {hadamard}")
     if down is not None and down.shape[0] > MAX_RANK:
         raise ValueError(f"the fused low-rank branch goes up to rank {MAX_RANK}, found {down.shape[0]}")
@@ -437,8 +477,9 @@ def allocate(x: Tensor, m: int, act: str | None, kp: int, rank: int, down: Tenso
 def aot_cases() -> list[AotCase]:
     """Default configurations, with smoothing and rank 32, for bf16; one with a fused adaLN, one in fp16."""
     nvidia = tuple(("cuda", cc) for cc in (80, 86, 89, 90, 100, 120))
-    cases = [_case("int8_row", (*nvidia, ("hip", "gfx942")))]
-    cases += [_case(act, (*nvidia, ("hip", "gfx942"))) for act in ("int4_g64", "uint4p_g64", "uint4_g64")]
+    amd = tuple(("hip", arch) for arch in ("gfx942", "gfx1100", "gfx1201"))
+    cases = [_case("int8_row", (*nvidia, *amd))]
+    cases += [_case(act, (*nvidia, *amd)) for act in ("int4_g64", "uint4p_g64", "uint4_g64")]
     cases += [_case(act, tuple(t for t in nvidia if t[1] >= 100)) for act in ("nvfp4_dynamic", "mxfp4")]
     cases.append(_case("int8_row", nvidia, kind="layernorm"))
     cases += [_case("int8_row", (("cuda", 80), ("cuda", 90)), dtype=dtype) for dtype in ("fp16", "fp32")]
@@ -460,7 +501,7 @@ def _case(act: str, targets: tuple, kind: str = "none", dtype: str = "bf16", had
     }  # fmt: skip
     constexprs = {
         "shift": None, "gamma": None, "beta": None, "mod_scale": None, "mod_shift": None, "gate": None,
-        "BM": bm, "BK": bk, "RP": 32, "SHIFT_ROW": False,
+        "clear": None, "BM": bm, "BK": bk, "RP": 32, "SHIFT_ROW": False,
         "HAD": hadamard, "KIND": kind,
     }  # fmt: skip
     if norm:

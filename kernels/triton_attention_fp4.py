@@ -2,10 +2,11 @@ r"""Attention with e2m1 q kᵀ on block-scaled tensor cores (Blackwell), and e4m
 
 Layouts of codes and scales: `attention_reference.Codes`. A program serves 128 queries of one head and walks the keys 64 at a time:
 
-    X = (Σ (cq · bq) (ck · bk)) · step + δ,   P = exp2(X - m + off),   out = out · 2^(m_old - m) + P v
+    X = (δ + Σ (cq · bq) (ck · bk)) · step,   P = exp2(X - m + off),   out = out · 2^(m_old - m) + P v
 
-cq, ck are e2m1 codes and bq, bk their e4m3 scales per 16 of D, both operands of one `tl.dot_scaled`; step = query scale · key scale; δ is
-the exact product of the mean query of these 128 with each key, if queries were smoothed: four bits are too few for a common offset.
+cq, ck are e2m1 codes and bq, bk their e4m3 scales per 16 of D, both operands of one `tl.dot_scaled`; step = query scale · key scale, one
+number per program and block; δ · step is the exact product of the mean query of these 128 with each key, if queries were smoothed: four
+bits are too few for a common offset. The sum starts at δ, so that it costs nothing.
 For e2m1 P v, P is packed here, with an e4m3 scale for every 16 keys, after `off` = log2(448 · 6) has filled the range of both
 (SageAttention 3, https://arxiv.org/abs/2505.11594). That product is the least accurate part, so that e4m3 is the one to start from.
 Masks are not served, causal calls are: a masked call belongs to int8 attention.
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qgen.kernels import attention_ops
-from qgen.kernels.aot_case import AotCase
+from qgen.kernels.aot_case import AotCase, Waiver
 from qgen.kernels.attention_ops import HEAD_DIMS, SPECS, AttentionNeeds
 from qgen.kernels.attention_reference import BLOCK_K, BLOCK_Q, Codes
 from qgen.kernels.registry import Kernel, register
@@ -44,23 +45,19 @@ def _tile(
     OFF: tl.constexpr = LOG2_2688 if FP4 else LOG2_448
     k = tl.load(KP + rn[None, :] * (DP // 2) + tl.arange(0, DP // 2)[:, None])
     kb = tl.load(KB + rn[:, None] * (DP // 16) + tl.arange(0, DP // 16)[None, :])
-    if TMEM:
+    if DELTA_ROW is not None:
+        start = tl.broadcast_to(tl.load(DELTA_ROW + n0 + rn)[None, :], (BM, BN))
+        s = tl.dot_scaled(q, qb, "e2m1", k, kb, "e2m1", start)
+    elif TMEM:
         s = tl.dot_scaled(q, qb, "e2m1", k, kb, "e2m1", tl.full((BM, BN), NOT_ZERO, tl.float32))
     else:
         s = tl.dot_scaled(q, qb, "e2m1", k, kb, "e2m1")
-    step = qs * tl.load(KS)
-    if EDGE or DELTA_ROW is not None:
-        x = s * step[:, None]
-        if DELTA_ROW is not None:
-            x += tl.load(DELTA_ROW + n0 + rn)[None, :]
-        if EDGE:
-            x = tl.where((n0 + rn)[None, :] < seen[:, None], x, float("-inf"))
-        new = tl.maximum(top, tl.max(x, 1))
-        p = tl.exp2(x - (new - OFF)[:, None])
-    else:
-        new = tl.maximum(top, tl.max(s, 1) * step)
-        shift = OFF - new
-        p = tl.exp2(tl.fma(s, tl.broadcast_to(step[:, None], (BM, BN)), tl.broadcast_to(shift[:, None], (BM, BN))))
+    step = qs * tl.load(KS)  # above 0
+    if EDGE:
+        s = tl.where((n0 + rn)[None, :] < seen[:, None], s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, 1) * step)
+    shift = OFF - new
+    p = tl.exp2(tl.fma(s, tl.full((BM, BN), 0.0, tl.float32) + step, tl.broadcast_to(shift[:, None], (BM, BN))))
     fade = tl.exp2(top - new)
     total = total * fade + tl.sum(p, 1)
     if FP4:
@@ -96,7 +93,7 @@ def _attend(
     rows = row * LQ + rm
     q = tl.load(Q + rows[:, None] * (DP // 2) + tl.arange(0, DP // 2)[None, :], mask=inside[:, None], other=0)
     qb = tl.load(QB + rows[:, None] * (DP // 16) + tl.arange(0, DP // 16)[None, :], mask=inside[:, None], other=0.0)
-    qs = tl.load(QS + rows, mask=inside, other=0.0)
+    qs = tl.load(QS + row * LQ + part * BM)
     kp, kb, ks = K + row_k * LP * (DP // 2), KB + row_k * LP * (DP // 16), KS + row_k * (LP // BN)
     STEP: tl.constexpr = BN // 2 if FP4 else BN  # bytes of v, transposed
     vp = V + row_k * D * (LP // 2 if FP4 else LP)
@@ -158,13 +155,14 @@ def attention(
     spec: str,
     smooth_k: bool,
     smooth_q: bool,
+    hadamard: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The op: (out, lse). NoKernel, before anything is launched, for what the kernel does not serve."""
-    wanted = attention_ops.ask(q, spec, mask, causal, smooth_q)
+    wanted = attention_ops.ask(q, spec, mask, causal, smooth_q, hadamard)
     refuse(NEEDS.get(spec, NEEDS["fp4"]), wanted)
     config = configure(wanted.capability, spec)
     with torch.cuda.device_of(q):
-        codes = prepare(q, k, v, scale, spec, smooth_k, smooth_q, config.v_max, config.asm)
+        codes = prepare(q, k, v, scale, spec, smooth_k, smooth_q, config.v_max, config.asm, hadamard)
         return attend(codes, q.dtype, causal, config)
 
 
@@ -214,13 +212,15 @@ def aot_cases() -> list[AotCase]:
         ("cuda", 100): (r"UTCOMMA", r"UTCQMMA"),
         ("cuda", 120): (*blackwell["cuda", 120], r"QMMA\.16832\.F16\.E4M3"),
     }
-    # Instructions per block of keys as first measured; the promise allows 8 % more.
+    # Instructions per block of keys: of the prototypes for D = 128, else as first measured; the promise allows 8 % more.
     loops = {
-        ("fp4_fp8", 128): {100: 428, 120: 606},
+        ("fp4_fp8", 128): {100: 356, 120: 496},
         ("fp4_fp8", 96): {100: 460, 120: 553},
         ("fp4_fp8", 64): {100: 393, 120: 475},
-        ("fp4", 128): {100: 568, 120: 898},
+        ("fp4", 128): {100: 485, 120: 843},
     }
+    halves = "P v in float16 takes half the clocks of the tensor cores and 64 conversions that sums in float32 do not"
+    waivers = {("fp4_fp8", 128, 120): Waiver(0, halves, loop=604)}
     cases = []
     for (spec, d), measured in loops.items():
         for cc, loop in measured.items():
@@ -230,6 +230,7 @@ def aot_cases() -> list[AotCase]:
                 "require": {target: require},
                 "forbid": {None: (r"\bHMMA",)},
                 "budget": {target: int(1.08 * loop)},
+                "waivers": {target: waivers[spec, d, cc]} if (spec, d, cc) in waivers else {},
             }
             cases.append(_case(f"{spec}_d{d}_{cc}", spec, d, config, (cc,), **promises))
     causal, below = configure((12, 0), "fp4_fp8"), configure((10, 0), "fp4_fp8")

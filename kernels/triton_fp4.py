@@ -17,7 +17,7 @@ offered there. The order of scales follows Triton's tutorial on block-scaled pro
 https://triton-lang.org/main/getting-started/tutorials/
 """
 
-__all__ = ["aot_cases", "configure", "fp4_gemm", "linear"]
+__all__ = ["aot_cases", "configure", "fp4_gemm", "fp4_tile", "linear", "operands"]
 
 from dataclasses import replace
 
@@ -29,9 +29,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qgen.kernels import tuning
 from qgen.kernels.aot_case import AotCase, Target
-from qgen.kernels.layouts import round_up, swizzle_scales, unswizzle_scales
+from qgen.kernels.fusion import ACTIVATIONS, Heads
+from qgen.kernels.layouts import HADAMARDS, round_up, swizzle_scales, unswizzle_scales
 from qgen.kernels.registry import Ask, Kernel, Needs, register
+from qgen.kernels.slots import Slots
 from qgen.kernels.triton_act import Activations, quantize_act
+from qgen.kernels.triton_linear import activate, heads_arguments, norm_and_rotate, tile_of
 from qgen.kernels.tuning import Launch, capability_of
 
 BLOCKS = {"nvfp4": 16, "mxfp4": 32}
@@ -40,18 +43,12 @@ ACTS = {"nvfp4": "nvfp4_dynamic", "mxfp4": "mxfp4"}
 
 
 @triton.jit
-def _fp4_gemm(
-    CX, SX, CW, SW, H, UP, BIAS, GLOBAL, Y, M, N, K,
+def fp4_tile(
+    CX, SX, CW, SW, H, UP, BIAS, GLOBAL, pm, pn, M, N, K,
     R: tl.constexpr, RP: tl.constexpr, GLOBAL_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """CX, SX, CW, SW, Y are tensor descriptors; H, UP, BIAS, GLOBAL pointers or None. RP: columns of H."""
-    pid = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = pid // (GROUP * tiles_n) * GROUP  # GROUP rows of tiles at a time, so that the weight's tiles stay in L2
-    height = min(tiles_m - first, GROUP)
-    pm = first + pid % (GROUP * tiles_n) % height
-    pn = pid % (GROUP * tiles_n) // height
+    """The tile (pm, pn) of y, float32 (BM, BN). CX, SX, CW, SW are tensor descriptors, H (M, RP), UP, BIAS, GLOBAL pointers."""
     SM: tl.constexpr = BM // 128
     SN: tl.constexpr = BN // 128
     SK: tl.constexpr = BK // (4 * BLOCK)
@@ -78,19 +75,24 @@ def _fp4_gemm(
         acc = tl.dot(h, up.to(h.dtype), acc, input_precision="tf32x3")
     if BIAS is not None:
         acc += tl.load(BIAS + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "gelu_tanh":
-        inner = 1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)  # gelu(x) = x · sigmoid(2 √(2/π) (x + …))
-        acc = acc * tl.sigmoid(inner)
-    elif ACTIVATION == "silu":
-        acc = acc * tl.sigmoid(acc)
+    return activate(acc, ACTIVATION)
+
+
+@triton.jit
+def _fp4_gemm(
+    CX, SX, CW, SW, H, UP, BIAS, GLOBAL, Y, gamma, cos, sin, M, N, K, columns, length, eps,
+    R: tl.constexpr, RP: tl.constexpr, GLOBAL_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    DIM: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of y, a tensor descriptor. DIM: size of the heads to prepare (`triton_linear.norm_and_rotate`), 0 for none."""
+    pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    acc = fp4_tile(
+        CX, SX, CW, SW, H, UP, BIAS, GLOBAL, pm, pn, M, N, K, R, RP, GLOBAL_ROWS, ACTIVATION, BLOCK, BM, BN, BK
+    )
+    if DIM > 0:
+        acc = norm_and_rotate(acc, gamma, cos, sin, pm, pn, columns, length, eps, DIM, HALVES, BM, BN)
     Y.store([pm * BM, pn * BN], acc.to(Y.dtype))
-
-
-# With tensor memory four warps suffice and two programs share a multiprocessor, so that one's epilogue overlaps the
-# other's loop (108 KiB and 256 columns each). On GeForce eight warps of 147 registers run at a time, with 54 KiB.
-# None spills.
-tuning.TABLE["fp4", "any"] = ((tuning.LARGE, Launch(128, 128, 256, 4, 3)),)
-tuning.TABLE["fp4", "sm_120"] = ((tuning.LARGE, Launch(128, 128, 128, 8, 4)),)
 
 
 def configure(capability: tuple[int, int] | None, m: int = tuning.LARGE) -> Launch:
@@ -105,70 +107,69 @@ def fp4_gemm(
     global_scale: Tensor | None = None,
     up: Tensor | None = None,
     bias: Tensor | None = None,
-    activation: str = "",
+    activation: str = "none",
     dtype: torch.dtype = torch.bfloat16,
     config: Launch | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:
     """The product described at the top of this file, (M, N) in `dtype`. K must be a multiple of 32, N of 8.
 
     act: what `qgen.kernels.triton_act.quantize_act` returned for the format that belongs to the weight's; with `h` if
-    there is `up`. activation: "", "gelu_tanh" or "silu". config: instead of `configure`'s.
+    there is `up`. activation: one of `fusion.ACTIVATIONS`. config: instead of `configure`'s. heads: what to do with q and k.
     """
-    if activation not in ("", "gelu_tanh", "silu"):
-        raise ValueError(f"an epilogue computes gelu_tanh or silu, found {activation!r}")
-    m, (n, half) = act.m, cw.shape
-    block = 16 if sw.dtype == torch.float8_e4m3fn else 32
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activations of the epilogue are {', '.join(ACTIVATIONS)}, found {activation!r}")
+    m, n = act.m, cw.shape[0]
     y = torch.empty(m, n, dtype=dtype, device=cw.device)
     c = config or configure(capability_of(cw.device), m)
+    if heads is not None and c.bn % heads.dim:
+        raise ValueError(f"q and k are prepared in heads of a power of two, up to {c.bn}; found {heads.dim}")
     grid = (triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn),)
     if m == 0:
         return y
+    with torch.cuda.device_of(cw):
+        _fp4_gemm[grid](
+            **operands(act, cw, sw, global_scale, up, bias, c), Y=TensorDescriptor.from_tensor(y, [c.bm, c.bn]),
+            **heads_arguments(heads), M=m, ACTIVATION=activation, GROUP=GROUP, **c.options,
+        )  # fmt: skip
+    return y
+
+
+def operands(
+    act: Activations,
+    cw: Tensor,
+    sw: Tensor,
+    global_scale: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    c: Launch,
+) -> dict:
+    """The arguments of `fp4_tile` but M and ACTIVATION, for the tile of launch c."""
+    n, half = cw.shape
+    block = 16 if sw.dtype == torch.float8_e4m3fn else 32
 
     def tiles(scales: Tensor, rows: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(
             scales.flatten(2).unflatten(2, (2, 256)), [rows, c.bk // (4 * block), 2, 256]
         )
 
-    with torch.cuda.device_of(cw):
-        _fp4_gemm[grid](
-            TensorDescriptor.from_tensor(act.codes, [c.bm, c.bk // 2]),
-            tiles(act.scales, c.bm // 128),
-            TensorDescriptor.from_tensor(cw, [c.bn, c.bk // 2]),
-            tiles(sw, c.bn // 128),
-            act.h, up, bias, global_scale,
-            TensorDescriptor.from_tensor(y, [c.bm, c.bn]),
-            m, n, 2 * half,
-            R=0 if up is None else up.shape[1],
-            RP=0 if up is None else act.h.shape[1],
-            GLOBAL_ROWS=global_scale is not None and global_scale.numel() > 1,
-            ACTIVATION=activation, BLOCK=block, BM=c.bm, BN=c.bn, BK=c.bk, GROUP=GROUP, **c.options,
-        )  # fmt: skip
-    return y
+    return {
+        "CX": TensorDescriptor.from_tensor(act.codes, [c.bm, c.bk // 2]), "SX": tiles(act.scales, c.bm // 128),
+        "CW": TensorDescriptor.from_tensor(cw, [c.bn, c.bk // 2]), "SW": tiles(sw, c.bn // 128),
+        "H": None if up is None else act.h, "UP": up, "BIAS": bias, "GLOBAL": global_scale, "N": n, "K": 2 * half,
+        "R": 0 if up is None else up.shape[1], "RP": 0 if up is None else act.h.shape[1],
+        "GLOBAL_ROWS": global_scale is not None and global_scale.numel() > 1, "BLOCK": block, "BM": c.bm, "BN": c.bn,
+        "BK": c.bk,
+    }  # fmt: skip
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def linear(x: Tensor, slots: Slots) -> Tensor:
     """The op `qgen::linear` for packed slots: two launches, activations and product. See `reference.linear`."""
-    unit = 4 * BLOCKS[weight_format]
+    unit = 4 * BLOCKS[slots.weight]
     rows = x.reshape(-1, x.shape[-1])
-    kp = round_up(2 * codes.shape[1], unit)
-    quantized = quantize_act(rows, act, kp, smooth, shift, down, hadamard)
-    y = fp4_gemm(quantized, codes, scales, global_scale, up, bias, dtype=x.dtype)
+    kp = round_up(2 * slots.codes.shape[1], unit)
+    a = quantize_act(rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard)
+    y = fp4_gemm(a, slots.codes, slots.scales, slots.global_scale, slots.up, slots.bias, dtype=x.dtype)
     return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y
 
 
@@ -198,6 +199,7 @@ for _weight, _act in ACTS.items():
                 n_multiple=8,
                 package="triton",
                 refuses=frozenset({"static_act"}),
+                hadamards=HADAMARDS,
             ),
             linear,
             priority=20,
@@ -236,10 +238,12 @@ def _case(name: str, block: int, c: Launch, targets: tuple[Target, ...]) -> AotC
             "Y": f"tensordesc<bf16[{c.bm},{c.bn}]>",
             **dict.fromkeys(("H", "UP", "BIAS"), "*bf16"),
             "GLOBAL": "*fp32",
-            **dict.fromkeys("MNK", "i32"),
+            **dict.fromkeys(("M", "N", "K", "columns", "length"), "i32"),
+            "eps": "fp32",
         },
         constexprs={
-            "R": 32, "RP": 32, "GLOBAL_ROWS": False, "ACTIVATION": "", "BLOCK": block,
+            "R": 32, "RP": 32, "GLOBAL_ROWS": False, "ACTIVATION": "none", "DIM": 0, "HALVES": False, "BLOCK": block,
+            "gamma": None, "cos": None, "sin": None,
             "BM": c.bm, "BN": c.bn, "BK": c.bk, "GROUP": GROUP,
         },
         divisible=("H", "UP", "BIAS", "GLOBAL", "N", "K"),

@@ -2,12 +2,14 @@ r"""Block Hadamard transform of activations, y = x H per block of K, with H symm
 
 Powers of two are Sylvester's construction, entry (i, j) = (−1)^popcount(i & j) / √size: the kernel computes the signs
 and multiplies on tensor cores. Signs are exact in bfloat16 and x is the sum of three bfloat16 parts, so that the
-result is as good as a float32 product. Other sizes, 12 · 2^p, 20 · 2^p, 28 · 2^p, …, are a Kronecker product with
-Paley's first construction, of order q + 1 for a prime q ≡ 3 (mod 4); they are transformed by a matrix that the kernel
-reads.
+result is as good as a float32 product. Other sizes, 12 · 2^p, 20 · 2^p, 28 · 2^p, 36 · 2^p, …, are a Kronecker
+product with one of Paley's constructions, of order q + 1 for a prime q ≡ 3 (mod 4) or 2 (q + 1) for a prime q ≡ 1 (mod 4); they are
+transformed by a matrix that the kernel reads.
 
-`rotate` is the part that the activation kernel calls on its tile (fused, no launch of its own); `hadamard` is the
-transform alone. Paley, On orthogonal matrices, 1933, https://doi.org/10.1002/sapm1933121311
+`rotate` is the part that other kernels call on a tile in their registers, no launch of its own: the activation kernel
+on its input, for powers of two from 16 to 256, and attention's preparation on q and k, for powers of two that divide
+the head dimension. `hadamard` is the transform alone, one launch, for all sizes; sizes that are no power of two exist
+only so. Paley, On orthogonal matrices, 1933, https://doi.org/10.1002/sapm1933121311
 """
 
 __all__ = ["aot_cases", "hadamard", "matrix", "rotate", "sizes"]
@@ -22,13 +24,14 @@ from torch import Tensor
 from qgen.kernels import tuning
 from qgen.kernels.aot_case import AotCase
 
-PALEY_PRIMES = (11, 19, 43, 59)  # orders 12, 20, 44, 60; each order once, multiples by 2 are Kronecker products
+# Order to the prime it is made from; each once, doubles are Kronecker products. 28 and 36 are of the second construction.
+PALEY = {12: 11, 20: 19, 28: 13, 36: 17, 44: 43, 60: 59}
 LARGEST = 512
 
 
 def sizes() -> tuple[int, ...]:
     """All sizes that `hadamard` serves, in ascending order."""
-    found = {2**p for p in range(1, 10)} | {(q + 1) << p for q in PALEY_PRIMES for p in range(6)}
+    found = {2**p for p in range(1, 10)} | {order << p for order in PALEY for p in range(6)}
     return tuple(sorted(n for n in found if n <= LARGEST))
 
 
@@ -37,24 +40,29 @@ def matrix(size: int) -> Tensor:
     if size not in sizes():
         raise ValueError(f"Hadamard matrices are known here for the sizes {', '.join(map(str, sizes()))}; found {size}")
     order, doublings = size, 0
-    while order % 2 == 0 and order - 1 not in PALEY_PRIMES:
+    while order % 2 == 0 and order not in PALEY:
         order, doublings = order // 2, doublings + 1
-    h = torch.ones(1, 1, dtype=torch.float64) if order == 1 else _paley(order - 1)
+    h = torch.ones(1, 1, dtype=torch.float64) if order == 1 else _paley(PALEY[order])
     for _ in range(doublings):
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
     return h / size**0.5
 
 
 def _paley(q: int) -> Tensor:
-    """Paley's first construction: I + [[0, 1], [−1, Q]] with Q[i, j] = the quadratic character of j − i modulo q."""
+    """With Q[i, j] the quadratic character of j − i modulo q: I + S for S = [[0, 1], [−1, Q]] where q ≡ 3 (mod 4), else
+    S ⊗ [[1, 1], [1, −1]] + I ⊗ [[1, −1], [−1, −1]] for S = [[0, 1], [1, Q]]."""
     squares = {i * i % q for i in range(1, q)}
     character = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)], dtype=torch.float64)
     i = torch.arange(q)
-    h = torch.eye(q + 1, dtype=torch.float64)
-    h[0, 1:] += 1
-    h[1:, 0] -= 1
-    h[1:, 1:] += character[(i[None, :] - i[:, None]) % q]
-    return h
+    s = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    s[0, 1:] = 1
+    s[1:, 0] = 1 if q % 4 == 1 else -1
+    s[1:, 1:] = character[(i[None, :] - i[:, None]) % q]
+    one = torch.eye(q + 1, dtype=torch.float64)
+    if q % 4 == 3:
+        return one + s
+    a, b = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double()
+    return torch.kron(s, a) + torch.kron(one, b)
 
 
 @triton.constexpr_function
@@ -113,7 +121,7 @@ def _hadamard(
     i = tl.arange(0, P)
     keep = (row < M)[:, None] & (i < SIZE)[None, :]
     t = tl.load(x + (row * stride_x + col)[:, None] + i[None, :], mask=keep, other=0.0).to(tl.float32)
-    if h is None:  # noqa: SIM108
+    if h is None:  # noqa: SIM108 - Triton compiles one of the branches
         t = rotate(t, BM, P, P)
     else:
         t = product(t, tl.load(h + i[:, None] * P + i[None, :]), PRECISION) * scale

@@ -3,9 +3,11 @@ r"""Linear layers on 8-bit integer tensor cores, for 4- and 8-bit integer weight
     y = act( Σ_g s_a · s_w · (a_g · w_g) + h upᵀ + zeros · sumsᵀ + bias ),        h = x downᵀ
 
 The activation kernel (`triton_act`) makes the codes a, their scales, h and zeros; the kernel here does the rest. K
-runs in groups of 64: two integer products of 32 columns, one for low and one for high nibbles (`layouts`:
-half-split). One product of 64 would cost four times the instructions on sm_8x, where Triton carries 8-bit operands
-across iterations.
+runs in groups of 64. Low and high nibbles (`layouts`: half-split) are joined along K, which moves nothing: packed
+bytes go from shared memory straight into the registers that the matrix instruction reads, and are unpacked there. 8-bit
+weights need no unpacking, and take two products of 32 columns instead: with one of 64, Triton carries 8-bit operands
+across iterations on sm_8x, at four times the instructions. From compute capability 9.0 on the tile of y leaves by the
+tensor memory accelerator.
 
 | weight | activation | scales | in the loop |
 |---|---|---|---|
@@ -30,19 +32,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qgen import formats
 from qgen.kernels import layouts, tuning
-from qgen.kernels.aot_case import AotCase
-from qgen.kernels.layouts import GROUP
+from qgen.kernels.aot_case import AotCase, Target
+from qgen.kernels.fusion import ACTIVATIONS, Heads
+from qgen.kernels.layouts import GROUP, HADAMARDS
 from qgen.kernels.registry import Ask, Kernel, Needs, register
+from qgen.kernels.slots import Slots
 from qgen.kernels.triton_act import MAX_RANK, Activations, quantize_act
 from qgen.kernels.triton_producers import gelu_tanh, silu
 
-ACTIVATIONS = ("none", "gelu_tanh", "silu")
 CARRIED_BY_WEIGHT = 16  # the kernel's integers of an int4 weight with group scales are 16 q
-_ROWS_OF_TILES = 8  # tiles of this many rows run side by side, so that the weight's tiles stay in the L2 cache
+ROWS_OF_TILES = 8  # tiles of this many rows run side by side, so that the weight's tiles stay in the L2 cache
 
+ARCHS = ("gfx942", "gfx1100", "gfx1201")  # AMD: the plain operations compile to integer MFMA and WMMA
 _KIND_A = {"int8_row": "int8", "int4_g64": "int4", "uint4p_g64": "uint4", "uint4_g64": "uint4"}
 _MAGIC_BITS = tl.constexpr(0x4B400000)  # float32 1.5 · 2²³
 _MAGIC = tl.constexpr(12582912.0)
@@ -100,18 +105,32 @@ def _subscaled(b, s, ASM: tl.constexpr):
 
 
 @triton.jit
+def _along_k(low, high, AXIS: tl.constexpr):
+    """Low and high nibbles, 32 columns of K along AXIS, to one operand of 64 columns, low first."""
+    both = tl.join(low, high)
+    if AXIS == 0:
+        both = tl.reshape(tl.permute(both, (2, 0, 1)), (64, low.shape[1]))
+    else:
+        both = tl.reshape(tl.permute(both, (0, 2, 1)), (low.shape[0], 64))
+    return both
+
+
+@triton.jit
 def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, HEIGHT: tl.constexpr):
     """Row and column of the tile of program pid: HEIGHT rows of tiles are done together, column by column."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    tl.assume(pid >= 0)  # unsigned divisions are half as long
+    tl.assume(tiles_n > 0)
     first = pid // (HEIGHT * tiles_n) * HEIGHT
     height = min(tiles_m - first, HEIGHT)
+    tl.assume(height > 0)
     inside = pid % (HEIGHT * tiles_n)
     return first + inside % height, inside // height
 
 
 @triton.jit
 def low_rank(out, h, up, rows, cols, R, RP: tl.constexpr):
-    """out + h upᵀ for h (M, RP) and up (N, R); in bfloat16 if both are, else in TF32."""
+    """out + h upᵀ for h (…, RP) and up (…, R), of which `rows` and `cols` are taken; in bfloat16 if both are, else TF32."""
     RB: tl.constexpr = 64 if RP > 64 else RP
     for r0 in tl.static_range(0, RP, RB):
         r = r0 + tl.arange(0, RB)
@@ -123,7 +142,7 @@ def low_rank(out, h, up, rows, cols, R, RP: tl.constexpr):
 
 @triton.jit
 def zero_points(out, zeros, sums, rows, cols, G, N):
-    """out + zeros · sums for zeros (M, G) bf16 and sums (G, N) float32, split in two bf16 parts."""
+    """out + zeros · sums for zeros (…, G) bf16 and sums (G, N) float32, split in two bf16 parts."""
     for g0 in tl.range(0, G, 16, num_stages=1):  # pipelined, it spills on sm_80
         g = g0 + tl.arange(0, 16)
         z = tl.load(zeros + rows[:, None] * G + g[None, :], mask=(g < G)[None, :], other=0.0)
@@ -146,93 +165,167 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def integer_tile(
-    start, a, a_scale, w, w_scale, sub, rows, cols, M, N, K, A: tl.constexpr, W: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    start, a, a_scale, w, w_scale, sub, bias, rows, cols, M, N, K, A: tl.constexpr, W: tl.constexpr, EVEN_K:
+    tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k of dequantized codes for rows (BM,) and cols (BN,), which must lie within M and N; float32 (BM, BN).
+    """Σ_k of dequantized codes, plus bias, for rows (BM,) and cols (BN,) of what the pointers point at; float32 (BM, BN).
 
     A: "int8", "int4" (signed groups) or "uint4". W: "sub4", "group4" or "row8". K counts columns of the weight; a has
     ⌈K / 64⌉ whole groups. start: (BM, BN) float32 that joins the sum where A is in groups, else None.
     """
-    k = tl.arange(0, 32)
+    half, whole = tl.arange(0, 32), tl.arange(0, 64)
     A_BYTES: tl.constexpr = 64 if A == "int8" else 32
-    W_STEP: tl.constexpr = 64 if W == "row8" else 32
-    a_at = a + rows[:, None] * A_BYTES + k[None, :]
-    w_at = w + cols[None, :] * (K if W == "row8" else 32) + k[:, None]
+    W_BYTES: tl.constexpr = 64 if W == "row8" else 32
+    FLOAT: tl.constexpr = W == "group4"
+    SPLIT: tl.constexpr = W == "row8"  # two products of 32: see the top of the file
+    CARRIED: tl.constexpr = 16.0 if A == "int4" else 8.0
+    a_at = a + rows[:, None] * A_BYTES + (half if SPLIT or A_BYTES == 32 else whole)[None, :]
+    w_at = w + cols[None, :] * (K if W == "row8" else 32) + half[:, None]
     vector_at = (sub if W == "sub4" else w_scale) + cols
     a_scale_at = a_scale + rows
-    FLOAT: tl.constexpr = W == "group4"
-    CARRIED: tl.constexpr = 16.0 if A == "int4" else 8.0
     if start is not None:  # noqa: SIM108 - Triton compiles one of the branches, whose types differ
         total = start * CARRIED
     else:
         total = tl.zeros((BM, BN), dtype=tl.float32 if FLOAT else tl.int32)
-    for g in range(0, tl.cdiv(K, 64)):
-        if A == "int8":
-            a_low, a_high = tl.load(a_at), tl.load(a_at + 32)
-        elif A == "int4":
-            a_low, a_high = _signed(tl.load(a_at), ASM)
-        else:
-            a_low, a_high = _unsigned(tl.load(a_at), ASM)
-        if W == "row8":
+    for g in range(0, tl.maximum(tl.cdiv(K, 64), 1)):  # at least once: no second path around the loop
+        if SPLIT:
             if EVEN_K:
                 w_low, w_high = tl.load(w_at), tl.load(w_at + 32)
             else:
                 left = K - g * 64
-                w_low = tl.load(w_at, mask=(k < left)[:, None], other=0)
-                w_high = tl.load(w_at + 32, mask=(k + 32 < left)[:, None], other=0)
-        elif W == "sub4":
-            s = tl.load(vector_at)
-            w_low, w_high = _subscaled(tl.load(w_at), tl.broadcast_to(s[None, :], (32, BN)), ASM)
+                w_low = tl.load(w_at, mask=(half < left)[:, None], other=0)
+                w_high = tl.load(w_at + 32, mask=(half + 32 < left)[:, None], other=0)
+            total = tl.dot(tl.load(a_at + 32), w_high, tl.dot(tl.load(a_at), w_low, total))
         else:
-            w_low, w_high = _signed(tl.load(w_at), ASM)
-        if FLOAT:
-            s_w = tl.load(vector_at)
-            part = tl.full((BM, BN), _MAGIC_BITS, dtype=tl.int32)
-            part = tl.dot(a_high, w_high, tl.dot(a_low, w_low, part))
-            part = part.to(tl.float32, bitcast=True) - _MAGIC
             if A == "int8":
-                total += part * s_w[None, :]
+                left = tl.load(a_at)
             else:
-                total += (part * tl.load(a_scale_at)[:, None]) * s_w[None, :]
-        else:
-            total = tl.dot(a_high, w_high, tl.dot(a_low, w_low, total))
+                if A == "int4":
+                    low, high = _signed(tl.load(a_at), ASM)
+                else:
+                    low, high = _unsigned(tl.load(a_at), ASM)
+                left = _along_k(low, high, 1)
+            vector = tl.load(vector_at)
+            if FLOAT:
+                w_low, w_high = _signed(tl.load(w_at), ASM)
+                part = tl.full((BM, BN), _MAGIC_BITS, dtype=tl.int32)
+                part = tl.dot(left, _along_k(w_low, w_high, 0), part).to(tl.float32, bitcast=True) - _MAGIC
+                if A != "int8":
+                    part = part * tl.load(a_scale_at)[:, None]
+                total = tl.fma(part, tl.broadcast_to(vector[None, :], (BM, BN)), total)
+            else:
+                w_low, w_high = _subscaled(tl.load(w_at), tl.broadcast_to(vector[None, :], (32, BN)), ASM)
+                total = tl.dot(left, _along_k(w_low, w_high, 0), total)
         a_at += M * A_BYTES
         a_scale_at += M
-        w_at += W_STEP if W == "row8" else N * 32
+        w_at += W_BYTES if W == "row8" else N * W_BYTES
         vector_at += N
     out = total.to(tl.float32)
     if A == "int8":  # noqa: SIM108
         out = out * tl.load(a_scale + rows)[:, None]
     else:
         out = out * (1.0 / CARRIED)
-    if W != "group4":
+    if bias is not None:
+        offset = tl.broadcast_to(tl.load(bias + cols).to(tl.float32)[None, :], (BM, BN))
+        if W == "group4":
+            out += offset
+        else:  # right here the bias costs nothing
+            out = tl.fma(out, tl.broadcast_to(tl.load(w_scale + cols)[None, :], (BM, BN)), offset)
+    elif W != "group4":
         out = out * tl.load(w_scale + cols)[None, :]
     return out
 
 
 @triton.jit
-def _gemm(
-    a, a_scale, zeros, h, w, w_scale, sub, sums, up, bias, y, M, N, K, R,
-    A: tl.constexpr, W: tl.constexpr, EVEN_K: tl.constexpr, RP: tl.constexpr, ACTIVATION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, HEIGHT: tl.constexpr, ASM: tl.constexpr,
+def gemm_tile(
+    a, a_scale, zeros, h, w, w_scale, sub, sums, up, bias, pm, pn, M, N, K, R,
+    A: tl.constexpr, W: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, RP: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile (BM, BN) of y (M, N). Rows and columns that do not exist wrap around and are not stored."""
-    pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, HEIGHT)
-    rm, rn = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    rows, cols = (rm % M).to(tl.int64), (rn % N).to(tl.int64)
-    if zeros is not None:  # noqa: SIM108 - first, when registers are still free
-        start = zero_points(tl.zeros((BM, BN), dtype=tl.float32), zeros, sums, rows, cols, K // 64, N)
+    """The tile (pm, pn) of activation(a wᵀ + h upᵀ + bias), float32 (BM, BN).
+
+    Pointers move to the tile's corner in 64 bits, what is inside the tile is counted in 32. Rows and columns that do
+    not exist are copies of the last one.
+    """
+    row, col = (pm * BM).to(tl.int64), (pn * BN).to(tl.int64)
+    rm, rn = tl.arange(0, BM), tl.arange(0, BN)
+    rows, cols = tl.minimum(rm, M - 1 - pm * BM), rn if EVEN_N else tl.minimum(rn, N - 1 - pn * BN)
+    if zeros is not None:  # first, when registers are still free
+        start = zero_points(
+            tl.zeros((BM, BN), dtype=tl.float32), zeros + row * (K // 64), sums + col, rows, cols, K // 64, N
+        )
     else:
         start = None
-    out = integer_tile(start, a, a_scale, w, w_scale, sub, rows, cols, M, N, K, A, W, EVEN_K, BM, BN, ASM)
+    out = integer_tile(
+        start, a + row * (64 if A == "int8" else 32), a_scale + row, w + col * (K if W == "row8" else 32), w_scale + col,
+        None if sub is None else sub + col, None if bias is None else bias + col, rows, cols, M, N, K, A, W, EVEN_K,
+        BM, BN, ASM,
+    )  # fmt: skip
     if RP > 0:
-        out = low_rank(out, h, up, rows, cols, R, RP)
-    if bias is not None:
-        out += tl.load(bias + cols).to(tl.float32)[None, :]
-    out = activate(out, ACTIVATION)
-    at = y + rm.to(tl.int64)[:, None] * N + rn[None, :]
-    tl.store(at, out.to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+        out = low_rank(out, h + row * RP, up + col * R, rows, cols, R, RP)
+    return activate(out, ACTIVATION)
+
+
+@triton.jit
+def store_tile(y, out, pm, pn, M, N, EVEN_N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
+    """Writes the tile (pm, pn) of y (M, N), a pointer or (TMA) a descriptor; what does not exist is not written."""
+    if TMA:
+        y.store([pm * BM, pn * BN], out.to(y.dtype))
+    else:
+        rm, rn = tl.arange(0, BM), tl.arange(0, BN)
+        at = y + (pm * BM).to(tl.int64) * N + pn * BN + (rm[:, None] * N + rn[None, :])
+        inside = (rm < M - pm * BM)[:, None]
+        if not EVEN_N:
+            inside = inside & (rn < N - pn * BN)[None, :]
+        tl.store(at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_and_rotate(
+    out, gamma, cos, sin, pm, pn, columns, length, eps,
+    DIM: tl.constexpr, HALVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """`fusion.Heads` for a tile (BM, BN), BN a multiple of DIM; columns from `columns` on stay as they are."""
+    H: tl.constexpr = BN // DIM
+    col = pn * BN + tl.arange(0, BN)
+    t = out
+    if gamma is not None:
+        heads = tl.reshape(t, (BM, H, DIM))
+        rstd = 1.0 / tl.sqrt(tl.sum(heads * heads, 2) / DIM + eps)
+        t = tl.reshape(heads * rstd[:, :, None], (BM, BN))
+        t = t * tl.load(gamma + col, mask=col < columns, other=1.0).to(tl.float32)[None, :]
+    if cos is not None:
+        place = (pm * BM + tl.arange(0, BM)) % length
+        pair = tl.arange(0, BN // 2) % (DIM // 2)
+        at = place[:, None] * (DIM // 2) + pair[None, :]
+        c, s = tl.load(cos + at), tl.load(sin + at)
+        if HALVES:
+            first, second = tl.split(tl.permute(tl.reshape(t, (BM, H, 2, DIM // 2)), (0, 1, 3, 2)))
+            first, second = tl.reshape(first, (BM, BN // 2)), tl.reshape(second, (BM, BN // 2))
+            both = tl.join(first * c - second * s, first * s + second * c)
+            t = tl.reshape(tl.permute(tl.reshape(both, (BM, H, DIM // 2, 2)), (0, 1, 3, 2)), (BM, BN))
+        else:
+            first, second = tl.split(tl.reshape(t, (BM, BN // 2, 2)))
+            t = tl.reshape(tl.join(first * c - second * s, first * s + second * c), (BM, BN))
+    return tl.where((col < columns)[None, :], t, out)
+
+
+@triton.jit
+def _gemm(
+    a, a_scale, zeros, h, w, w_scale, sub, sums, up, bias, y, gamma, cos, sin, M, N, K, R, columns, length, eps,
+    A: tl.constexpr, W: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, RP: tl.constexpr,
+    ACTIVATION: tl.constexpr, DIM: tl.constexpr, HALVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HEIGHT: tl.constexpr, ASM: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile (BM, BN) of y (M, N). DIM: size of the heads to prepare, 0 for none."""
+    pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, HEIGHT)
+    out = gemm_tile(
+        a, a_scale, zeros, h, w, w_scale, sub, sums, up, bias, pm, pn, M, N, K, R, A, W, EVEN_K, EVEN_N, RP, ACTIVATION,
+        BM, BN, ASM,
+    )  # fmt: skip
+    if DIM > 0:
+        out = norm_and_rotate(out, gamma, cos, sin, pm, pn, columns, length, eps, DIM, HALVES, BM, BN)
+    store_tile(y, out, pm, pn, M, N, EVEN_N, BM, BN, TMA)
 
 
 def gemm(
@@ -248,11 +341,15 @@ def gemm(
     dtype: torch.dtype,
     activation: str = "none",
     asm: bool | None = None,
+    tma: bool | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:
     """Quantized activations times a packed weight: y (M, N) of `dtype`; one launch.
 
     codes, scales, global_scale: as `pack` leaves them. up (N, R), bias (N,): canonical. activation: one of ACTIVATIONS.
-    asm: whether nibbles are unpacked by inline PTX; None = on NVIDIA.
+    asm: whether nibbles are unpacked by inline PTX; None = on NVIDIA. tma: whether y is stored by the tensor memory
+    accelerator where N allows; None = where there is one. heads: what to do with q and k; sizes of heads are 16, 32, 64
+    and 128.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activations of the epilogue are {', '.join(ACTIVATIONS)}, found {activation!r}")
@@ -260,17 +357,40 @@ def gemm(
     if a.m == 0:
         return y
     capability = tuning.capability_of(codes.device)
-    config = tuning.launch("linear", capability, a.m)
+    config = tuning.launch(tuned_as(kind_w(weight_format), a.zeros is not None, heads is not None), capability, a.m)
+    if heads is not None and config.bn % heads.dim:
+        raise ValueError(f"q and k are prepared in heads of a power of two, up to {config.bn}; found {heads.dim}")
+    if tma is None:
+        tma = isinstance(capability, tuple) and capability >= (9, 0)
+    tma = tma and n * y.element_size() % 16 == 0  # rows of a descriptor begin at multiples of 16 bytes
+    target = TensorDescriptor.from_tensor(y, [config.bm, config.bn]) if tma else y
     grid = (triton.cdiv(a.m, config.bm) * triton.cdiv(n, config.bn),)
     with torch.cuda.device_of(codes):
         _gemm[grid](
-            *operands(a, codes, scales, global_scale, up, bias), y, a.m, n, columns(codes),
-            0 if up is None else up.shape[1], A=_KIND_A[act], W=_kind_w(weight_format),
-            EVEN_K=columns(codes) % GROUP == 0, RP=0 if a.h is None else a.h.shape[1], ACTIVATION=activation,
-            BM=config.bm, BN=config.bn, HEIGHT=_ROWS_OF_TILES,
-            ASM=isinstance(capability, tuple) if asm is None else asm, **config.options,
+            *operands(a, codes, scales, global_scale, up, bias), target, **heads_arguments(heads), M=a.m, N=n, K=columns(codes),
+            R=0 if up is None else up.shape[1], A=kind_a(act), W=kind_w(weight_format),
+            EVEN_K=columns(codes) % GROUP == 0, EVEN_N=n % config.bn == 0, RP=0 if a.h is None else a.h.shape[1],
+            ACTIVATION=activation, BM=config.bm, BN=config.bn, HEIGHT=ROWS_OF_TILES,
+            ASM=isinstance(capability, tuple) if asm is None else asm, TMA=tma, **config.options,
         )  # fmt: skip
     return y
+
+
+def heads_arguments(heads: Heads | None) -> dict:
+    """The arguments of the kernel that `norm_and_rotate` reads."""
+    if heads is None:
+        return dict.fromkeys(("gamma", "cos", "sin")) | {
+            "columns": 0,
+            "length": 1,
+            "eps": 0.0,
+            "DIM": 0,
+            "HALVES": False,
+        }
+    return {
+        "gamma": heads.gamma, "cos": heads.cos, "sin": heads.sin, "columns": heads.columns,
+        "length": 1 if heads.cos is None else heads.cos.shape[0], "eps": float(heads.eps), "DIM": heads.dim,
+        "HALVES": heads.halves,
+    }  # fmt: skip
 
 
 def operands(
@@ -291,36 +411,35 @@ def columns(codes: Tensor) -> int:
     return codes.shape[0] * GROUP if codes.ndim == 3 else codes.shape[1]
 
 
-def _kind_w(weight_format: str) -> str:
+def tuned_as(w: str, zeros: bool, heads: bool = False) -> str:
+    """The op of `tuning.TABLE`: group scales, zero points and heads want more registers."""
+    if zeros or heads:
+        return "linear_zeros" if zeros else "linear_heads"
+    return "linear_groups" if w == "group4" else "linear"
+
+
+def kind_a(act: str) -> str:
+    """What the kernels call a format of activations."""
+    return _KIND_A[act]
+
+
+def kind_w(weight_format: str) -> str:
+    """What the kernels call a format of weights."""
     if weight_format.startswith("int4_s8"):
         return "sub4"
     return "row8" if weight_format == "int8_row" else "group4"
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor | None,
-    zero: Tensor | None,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    act_scale: Tensor | None,
-    weight_format: str,
-    act: str,
-    n: int,
-    hadamard: int,
-) -> Tensor:
+def linear(x: Tensor, slots: Slots) -> Tensor:
     """`reference.linear` for packed tensors: x (…, K) to y (…, N), two launches."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    kp = layouts.round_up(columns(codes), GROUP)
-    a = quantize_act(rows, act, kp, smooth, shift, down, hadamard)
-    y = gemm(a, codes, scales, global_scale, up, bias, weight_format, act, n, x.dtype)
-    return y.view(*x.shape[:-1], n)
+    kp = layouts.round_up(columns(slots.codes), GROUP)
+    a = quantize_act(rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard)
+    y = gemm(
+        a, slots.codes, slots.scales, slots.global_scale, slots.up, slots.bias, slots.weight, slots.act, slots.n, x.dtype
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], slots.n)
 
 
 def pack(slots: dict[str, Tensor], ask: Ask) -> dict[str, Tensor]:
@@ -380,10 +499,11 @@ def _register() -> None:
     common = {
         "devices": ("cuda", "hip", "cpu") if interpreted else ("cuda", "hip"),
         "capability": ((8, 0), (12, 1)),
-        "archs": ("gfx942",),
+        "archs": ARCHS,
         "dtypes": (torch.bfloat16, torch.float16, torch.float32),
         "package": "triton",
         "refuses": frozenset({"static_act"}),
+        "hadamards": HADAMARDS,
     }
     for name, (weights, acts, priority) in _SERVED.items():
         needs = Needs(weights=weights, acts=acts, **common)
@@ -393,58 +513,85 @@ def _register() -> None:
 _register()
 
 
+_FAMILIES: dict[str, tuple[Target, ...]] = {
+    "sm8x": (("cuda", 80), ("cuda", 86), ("cuda", 89)),
+    "sm90": (("cuda", 90),),
+    "sm100": (("cuda", 100),),
+    "sm120": (("cuda", 120),),
+}
+_MODES = {
+    "w4s_a8": ("int8", "sub4"),
+    "w4_a8": ("int8", "group4"),
+    "w4_a4": ("int4", "group4"),
+    "w4_a4u": ("uint4", "group4"),
+    "w8_a8": ("int8", "row8"),
+}
+_VARIANTS = {
+    "m16": {"m": 16},
+    "gelu": {"activation": "gelu_tanh"},
+    "fp16": {"dtype": "fp16"},
+    "fp32": {"dtype": "fp32"},
+}
+
+
 def aot_cases() -> list[AotCase]:
-    """The four kinds of operands with 128 x 128 tiles, rank 32 and bias; one small M; zero points."""
-    cases = [
-        _case("w4s_a8", "int8", "sub4"),
-        _case("w4_a8", "int8", "group4"),
-        _case("w4_a4", "int4", "group4"),
-        _case("w4_a4u", "uint4", "group4", zeros=True),
-        _case("w8_a8", "int8", "row8"),
-        _case("w4s_a8_m16", "int8", "sub4", m=16),
-        _case("w4s_a8_gelu", "int8", "sub4", activation="gelu_tanh"),
-        _case("w4s_a8_fp16", "int8", "sub4", dtype="fp16"),
-        _case("w4s_a8_fp32", "int8", "sub4", dtype="fp32"),
-        _case("w4s_a8_amd", "int8", "sub4", m=64, amd=True),
-    ]
+    """Each kind of operands with the launch of each family of cards, rank 32 and bias; variants of the default; AMD."""
+    cases = []
+    for family, targets in _FAMILIES.items():
+        cases += [_case(f"{name}_{family}", *mode, targets) for name, mode in _MODES.items()]
+        cases += [_case(f"w4s_a8_{name}_{family}", "int8", "sub4", targets, **v) for name, v in _VARIANTS.items()]
+    for family, archs in (("amd", ("gfx942",)), ("rdna", ("gfx1100", "gfx1201"))):
+        targets = tuple(("hip", arch) for arch in archs)
+        cases += [_case(f"w4s_a8_m{m}_{family}", "int8", "sub4", targets, m=m) for m in (16, 64, 4096)]
+        cases += [_case(f"{name}_{family}", *_MODES[name], targets) for name in ("w4_a4", "w8_a8")]
     return cases
 
 
 def _case(
-    name: str, a: str, w: str, zeros: bool = False, m: int = 4096, activation: str = "none", dtype: str = "bf16",
-    amd: bool = False,
+    name: str, a: str, w: str, targets: tuple[Target, ...], m: int = 4096, activation: str = "none", dtype: str = "bf16",
+    heads: int = 0,
 ) -> AotCase:  # fmt: skip
-    targets = (("hip", "gfx942"),) if amd else tuple(("cuda", cc) for cc in (80, 86, 89, 90, 100, 120))
-    config = tuning.launch("linear", None, m)
+    backend, arch = targets[0]
+    capability = divmod(arch, 10) if backend == "cuda" else arch
+    zeros, tma = a == "uint4", backend == "cuda" and capability >= (9, 0)
+    config = tuning.launch(tuned_as(w, zeros, heads > 0), capability, m)
     p = f"*{dtype}"
     tensors = {
         "a": "*i8" if a == "int8" else "*u8", "a_scale": "*fp32", "zeros": "*bf16" if zeros else None,
         "h": "*bf16" if dtype == "bf16" else "*fp32", "w": "*i8" if w == "row8" else "*u8", "w_scale": "*fp32",
-        "sub": "*i32" if w == "sub4" else None, "sums": "*fp32" if zeros else None, "up": p, "bias": p, "y": p,
+        "sub": "*i32" if w == "sub4" else None, "sums": "*fp32" if zeros else None, "up": p, "bias": p,
+        "y": f"tensordesc<{dtype}[{config.bm},{config.bn}]>" if tma else p,
+        "gamma": p if heads else None, "cos": "*fp32" if heads else None, "sin": "*fp32" if heads else None,
     }  # fmt: skip
-    signature = {n: t for n, t in tensors.items() if t} | dict.fromkeys("MNKR", "i32")
+    numbers = ("M", "N", "K", "R", "columns", "length")
+    signature = {n: t for n, t in tensors.items() if t} | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
     constexprs = {n: None for n, t in tensors.items() if not t} | {
-        "A": a, "W": w, "EVEN_K": True, "RP": 32, "ACTIVATION": activation, "BM": config.bm, "BN": config.bn,
-        "HEIGHT": _ROWS_OF_TILES, "ASM": not amd,
+        "A": a, "W": w, "EVEN_K": True, "EVEN_N": True, "RP": 32, "ACTIVATION": activation, "BM": config.bm,
+        "DIM": heads, "HALVES": False,
+        "BN": config.bn, "HEIGHT": ROWS_OF_TILES, "ASM": backend == "cuda", "TMA": tma,
     }  # fmt: skip
+    mode = next(key for key, value in _MODES.items() if value == (a, w))
+    default = m > 64 and activation == "none" and dtype == "bf16" and not heads
     return AotCase(
         f"linear/{name}",
         _gemm,
         signature=signature,
         constexprs=constexprs,
-        divisible=tuple(signature),
+        divisible=tuple(n for n, t in signature.items() if not t.startswith("tensordesc") and n != "eps"),
         options=config.options,
         targets=targets,
-        macs={"s8": config.bm * config.bn * 64}
-        if name in _LOOPS and not zeros
-        else {},  # with zeros there are two loops
+        require={None: (r"IMMA\.16832\.S8", r"HMMA\.16816\.F32\.BF16")} if targets[0][1] == 80 and default else {},
+        macs={} if zeros or backend == "hip" else {"s8": config.bm * config.bn * 64},  # with zeros there are two loops
         tile=(config.bm, config.bn),
-        budget={("cuda", cc): round(1.08 * n) for cc, n in _LOOPS.get(name, {}).items()},
+        budget={("cuda", cc): round(1.08 * n * config.warp_work) for cc, n in _LOOPS[mode].items()}
+        if default and backend == "cuda"
+        else {},
+        efficiency={None: 0.9} if backend == "cuda" and mode in ("w4s_a8", "w8_a8") and default and arch != 100 else {},
     )
 
 
-# Instructions in the loop of the prototypes these kernels were grown from, Triton 3.8.0: a lost optimization costs
-# far more.
+# Instructions per 128 x 128 x 64 and 8 warps, in the loop of the prototypes these kernels were grown from, Triton 3.8.0:
+# a lost optimization costs far more.
 _LOOPS = {
     "w4s_a8": {80: 243, 86: 243, 89: 243, 90: 110, 120: 238},
     "w4_a8": {80: 335, 86: 335, 89: 331, 90: 337},

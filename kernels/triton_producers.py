@@ -13,38 +13,11 @@ stored. The fused form saves a write and a read of the (M, K) activations.
 
 __all__ = ["KINDS", "Producer", "aot_cases", "gelu_tanh", "produce", "row_statistics", "silu"]
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from qgen.kernels.aot_case import AotCase
-
-KINDS = ("none", "layernorm", "rmsnorm", "gelu_tanh", "silu", "silu_mul")
-
-
-@dataclass(frozen=True)
-class Producer:
-    """A producer and its tensors, all optional but for `gate` of "silu_mul".
-
-    kind: one of KINDS. gamma, beta: (K,). scale, shift: (B, K), contiguous, row b modulating rows b · M / B … of x.
-    gate: (M, K), last axis contiguous. eps: of the norms.
-    """
-
-    kind: str = "none"
-    gamma: Tensor | None = None
-    beta: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    gate: Tensor | None = None
-    eps: float = 1e-6
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"producers are {', '.join(KINDS)}, found {self.kind!r}")
-        if (self.kind == "silu_mul") != (self.gate is not None):
-            raise ValueError(f"a gate goes with the producer 'silu_mul' and no other, found {self.kind!r}")
+from qgen.kernels.fusion import KINDS, Producer
 
 
 @triton.jit

@@ -4,9 +4,12 @@ Four launches and two small reductions:
     _sums     partial sums of k and largest |v| over 1024 tokens: (chunks, B, Hkv, D) float32
     _queries  128 tokens of q to codes, scales, mean and scale · q·k̄
     _keys     64 tokens of k to codes and one scale; the same 64 of v to codes, transposed where the product wants it
-    _delta    scale · log2 e · q̄·k' by 16-bit dots, only with smooth_q
+    _delta    scale · log2 e · q̄·k' by 16-bit dots, for e2m1 over the scales of q and k, only with smooth_q
 Traffic is one read of q, two of k and v, and one write of the codes. The mean of q is rounded to q's dtype before it is subtracted: any
 vector may be subtracted, and this one makes q̄·k a product of 16-bit numbers, exact in float32.
+
+With `hadamard` the tiles of q and k are multiplied by a block Hadamard matrix in registers, before they are rounded; no launch is added,
+and codes equal the reference's up to ties, since sums have another order.
 
 On a GPU `x · inverse + magic` is one fused instruction and may round a near tie the other way than the reference does: then one code
 differs by 1. Layouts of all outputs: `attention_reference.Codes`.
@@ -20,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qgen.kernels.aot_case import AotCase
-from qgen.kernels.attention_ops import SPECS
-from qgen.kernels.attention_reference import BLOCK_K, BLOCK_Q, E4M3_MAX, LOG2E, Codes
+from qgen.kernels.attention_ops import AMD, SPECS
+from qgen.kernels.attention_reference import BLOCK_K, BLOCK_Q, E4M3_MAX, LOG2E, SMALLEST_E2M1, Codes
+from qgen.kernels.triton_hadamard import rotate
 
 CHUNK = 1024  # tokens per program of _sums
 GROUP = 16  # query blocks per program of _delta
@@ -30,6 +34,7 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves the integer ne
 SMALLEST = tl.constexpr(2.0**-100)
 E4M3_TOP, E4M3_SMALLEST = tl.constexpr(448.0), tl.constexpr(2.0**-9)
 E2M1_TOP = tl.constexpr(2688.0)  # 6 · 448: the largest e2m1 value under the largest e4m3 scale
+E2M1_SMALLEST = tl.constexpr(SMALLEST_E2M1)
 SIXTH = tl.constexpr(1.0 / 6.0)
 # Four times two float32 to e2m1 pairs; the first operand of the instruction goes to the high nibble.
 E2M1X2 = tl.constexpr(
@@ -122,7 +127,7 @@ def _sums(
 def _queries(
     Q, KMEAN, CODES, BLOCKS, SCALE, MEAN, SHIFT, sqb, sqh, sql, H, GROUPS, L, scale, unit,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    FP4: tl.constexpr, SMOOTH_K: tl.constexpr, SMOOTH_Q: tl.constexpr, ASM: tl.constexpr,
+    FP4: tl.constexpr, SMOOTH_K: tl.constexpr, SMOOTH_Q: tl.constexpr, HAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """BM tokens of q. Codes have D columns for int8, DP / 2 bytes for e2m1."""
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -140,7 +145,11 @@ def _queries(
         mean = (tl.sum(x, 0) * (1.0 / here)).to(MEAN.dtype.element_ty)
         tl.store(MEAN + (row * tl.num_programs(0) + part) * D + rd, mean, mask=rd < D)
         x = tl.where(inside, x - mean.to(tl.float32)[None, :], 0.0)
+    if HAD > 0:
+        x = rotate(x, BM, DP, HAD)
     amax = tl.max(tl.abs(x), 1)
+    if FP4:
+        amax = tl.zeros((BM,), tl.float32) + tl.maximum(tl.max(amax, 0), E2M1_SMALLEST)
     TOP: tl.constexpr = E2M1_TOP if FP4 else 127.0
     step = tl.div_rn(amax, tl.full((BM,), TOP, tl.float32))
     tl.store(SCALE + row * L + rm, step * unit, mask=rm < L)
@@ -159,7 +168,7 @@ def _keys(
     K, V, KMEAN, VAMAX, KCODES, KBLOCKS, KSCALE, VCODES, VBLOCKS, VSCALE,
     skb, skh, skl, svb, svh, svl, HK, L, LP, v_max,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    FP4: tl.constexpr, PV: tl.constexpr, SMOOTH_K: tl.constexpr, ASM: tl.constexpr,
+    FP4: tl.constexpr, PV: tl.constexpr, SMOOTH_K: tl.constexpr, HAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """BN tokens of k and v; those beyond L become zero codes. The first program of a head stores the scales of v."""
     part, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -171,8 +180,10 @@ def _keys(
     if SMOOTH_K:
         kmean = tl.load(KMEAN + row * D + rd, mask=rd < D, other=0.0)
         x = tl.where(inside, x - kmean[None, :], 0.0)
+    if HAD > 0:
+        x = rotate(x, BN, DP, HAD)
     amax = tl.max(tl.max(tl.abs(x), 1), 0)
-    amax = tl.zeros((1,), tl.float32) + amax
+    amax = tl.zeros((1,), tl.float32) + (tl.maximum(amax, E2M1_SMALLEST) if FP4 else amax)
     TOP: tl.constexpr = E2M1_TOP if FP4 else 127.0
     step = tl.div_rn(amax, tl.full((1,), TOP, tl.float32))
     tl.store(KSCALE + row * tl.num_programs(0) + part + tl.arange(0, 1), step)
@@ -211,10 +222,11 @@ def _keys(
 
 @triton.jit
 def _delta(
-    MEAN, K, KMEAN, DELTA, skb, skh, skl, H, GROUPS, NQ, L, LP, unit,
-    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SMOOTH_K: tl.constexpr,
+    MEAN, K, KMEAN, QSCALE, KSCALE, DELTA, skb, skh, skl, H, GROUPS, NQ, LQ, L, LP, unit,
+    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BLOCK_Q: tl.constexpr, SMOOTH_K: tl.constexpr,
+    FP4: tl.constexpr,
 ):  # fmt: skip
-    """BQ query means times BN keys: unit · (q̄·k - q̄·k̄), and 0 for keys beyond L."""
+    """BQ query means times BN keys: unit · (q̄·k - q̄·k̄), for FP4 over their scales; 0 for keys beyond L."""
     row = tl.program_id(2).to(tl.int64)
     batch, head = row // H, row % H
     rq, rn = tl.program_id(1) * BQ + tl.arange(0, BQ), tl.program_id(0) * BN + tl.arange(0, BN)
@@ -231,7 +243,12 @@ def _delta(
     if SMOOTH_K:
         kmean = tl.load(KMEAN + (batch * (H // GROUPS) + head // GROUPS) * D + rd, mask=rd < D, other=0.0)
         x -= tl.sum(mean.to(tl.float32) * kmean[None, :], 1)[:, None]
-    x = tl.where((rn < L)[None, :], x * unit, 0.0)
+    x *= unit
+    if FP4:
+        qs = tl.load(QSCALE + row * LQ + rq * BLOCK_Q, mask=rq < NQ, other=1.0)
+        ks = tl.load(KSCALE + (batch * (H // GROUPS) + head // GROUPS) * (LP // BN) + tl.program_id(0))
+        x = x / (qs * ks)[:, None]
+    x = tl.where((rn < L)[None, :], x, 0.0)
     tl.store(DELTA + (row * NQ + rq[:, None]) * LP + rn[None, :], x, mask=(rq < NQ)[:, None])
 
 
@@ -245,6 +262,7 @@ def prepare(
     smooth_q: bool = False,
     v_max: float = E4M3_MAX,
     asm: bool = False,
+    hadamard: int = 0,
 ) -> Codes:
     """Quantizes q (B, H, Lq, D), k and v (B, Hkv, Lk, D), of any strides whose last is 1; see `attention_reference.prepare`.
 
@@ -273,7 +291,7 @@ def prepare(
     mean = new(b, h, nq, d, dtype=q.dtype) if smooth_q else None
     _queries[(nq, h, b)](
         q, k_mean, q_codes, q_blocks, q_scale, mean, shift, *q.stride()[:3], h, h // hk, lq, scale, unit,
-        D=d, DP=dp, BM=BLOCK_Q, FP4=fp4, SMOOTH_K=smooth_k, SMOOTH_Q=smooth_q, ASM=asm, num_warps=8,
+        D=d, DP=dp, BM=BLOCK_Q, FP4=fp4, SMOOTH_K=smooth_k, SMOOTH_Q=smooth_q, HAD=hadamard, ASM=asm, num_warps=8,
     )  # fmt: skip
 
     k_codes = new(b, hk, lp, dp // 2, dtype=torch.uint8) if fp4 else new(b, hk, lp, d, dtype=torch.int8)
@@ -289,14 +307,14 @@ def prepare(
     _keys[(nk, hk, b)](
         k, v, k_mean, v_amax, k_codes, k_blocks, k_scale, v_codes, v_blocks, v_scale,
         *k.stride()[:3], *v.stride()[:3], hk, lk, lp, float(v_max),
-        D=d, DP=dp, BN=BLOCK_K, FP4=fp4, PV=pv, SMOOTH_K=smooth_k, ASM=asm, num_warps=4,
+        D=d, DP=dp, BN=BLOCK_K, FP4=fp4, PV=pv, SMOOTH_K=smooth_k, HAD=hadamard, ASM=asm, num_warps=4,
     )  # fmt: skip
 
     delta = new(b, h, nq, lp) if smooth_q else None
     if smooth_q:
         _delta[(nk, triton.cdiv(nq, GROUP), b * h)](
-            mean, k, k_mean, delta, *k.stride()[:3], h, h // hk, nq, lk, lp, unit,
-            D=d, DP=dp, BQ=GROUP, BN=BLOCK_K, SMOOTH_K=smooth_k, num_warps=4,
+            mean, k, k_mean, q_scale, k_scale, delta, *k.stride()[:3], h, h // hk, nq, lq, lk, lp, unit,
+            D=d, DP=dp, BQ=GROUP, BN=BLOCK_K, BLOCK_Q=BLOCK_Q, SMOOTH_K=smooth_k, FP4=fp4, num_warps=4,
         )  # fmt: skip
     return Codes(
         q_codes, q_blocks, q_scale, k_codes, k_blocks, k_scale, v_codes, v_blocks, v_scale, delta, shift, lk, spec
@@ -304,17 +322,22 @@ def prepare(
 
 
 def aot_cases() -> list[AotCase]:
-    """What is compiled without a GPU: each kernel for one card of each kind, head dimension 128, queries smoothed or not."""
+    """What is compiled without a GPU: each kernel for a card of each kind, head dimension 128, queries smoothed or not, rotated or not."""
     cases = [
-        _case("sums", _sums, {"CHUNK": CHUNK, "BL": 64, "SMOOTH": True}, (80, 120), 4),
-        _case("delta", _delta, {"BQ": GROUP, "BN": BLOCK_K, "SMOOTH_K": True}, (80, 100, 120), 4),
+        _case("sums", _sums, {"CHUNK": CHUNK, "BL": 64, "SMOOTH": True}, (80, 120, ("hip", "gfx942")), 4),
     ]
-    for name, fp4, pv, targets in (
-        ("int8", False, "fp16", (80, 90)),
-        ("int8_fp8", False, "e4m3", (89, 120)),
-        ("fp4", True, "e2m1", (100, 120)),
+    for name, fp4, targets in (("delta", False, (80, ("hip", "gfx942"))), ("delta_fp4", True, (100, 120))):
+        constants = {"BQ": GROUP, "BN": BLOCK_K, "BLOCK_Q": BLOCK_Q, "SMOOTH_K": True, "FP4": fp4}
+        cases.append(_case(name, _delta, constants, targets, 4))
+    amd = tuple(("hip", arch) for arch in AMD)
+    for name, fp4, pv, targets, had in (
+        ("int8", False, "fp16", (80, 90, *amd), 0),
+        ("int8_fp8", False, "e4m3", (89, 120), 0),
+        ("fp4", True, "e2m1", (100, 120), 0),
+        ("int8_h128", False, "fp16", (80, 90), 128),
+        ("fp4_h128", True, "e2m1", (100, 120), 128),
     ):
-        smooth = {"SMOOTH_K": True, "ASM": fp4}
+        smooth = {"SMOOTH_K": True, "HAD": had, "ASM": fp4}
         if name != "int8_fp8":
             queries = {"BM": BLOCK_Q, "FP4": fp4, "SMOOTH_Q": fp4, **smooth}
             cases.append(_case(f"queries_{name}", _queries, queries, targets, 8))
@@ -322,12 +345,14 @@ def aot_cases() -> list[AotCase]:
     return cases
 
 
-def _case(name: str, fn, constants: dict, targets: tuple[int, ...], warps: int) -> AotCase:
+def _case(name: str, fn, constants: dict, targets: tuple, warps: int) -> AotCase:
     fp4, pv = constants.get("FP4", False), constants.get("PV", "")
     constants = {"D": 128, "DP": 128, **constants}
     types = {
         **dict.fromkeys(("Q", "K", "V", "MEAN"), "*bf16"),
-        **dict.fromkeys(("KSUM", "VMAX", "KMEAN", "VAMAX", "SCALE", "SHIFT", "KSCALE", "VSCALE", "DELTA"), "*fp32"),
+        **dict.fromkeys(
+            ("KSUM", "VMAX", "KMEAN", "VAMAX", "SCALE", "SHIFT", "QSCALE", "KSCALE", "VSCALE", "DELTA"), "*fp32"
+        ),
         **dict.fromkeys(("CODES", "KCODES"), "*u8" if fp4 else "*i8"),
         **dict.fromkeys(("BLOCKS", "KBLOCKS", "VBLOCKS"), "*fp8e4nv"),
         "VCODES": {"e4m3": "*fp8e4nv", "e2m1": "*u8"}.get(pv, "*fp16"),
@@ -345,5 +370,5 @@ def _case(name: str, fn, constants: dict, targets: tuple[int, ...], warps: int) 
         constexprs={**constants, **dict.fromkeys(absent & set(names))},
         divisible=tuple(n for n in names if types.get(n, "").startswith("*") and n not in absent) + strides,
         options={"num_warps": warps},
-        targets=tuple(("cuda", t) for t in targets),
+        targets=tuple(t if isinstance(t, tuple) else ("cuda", t) for t in targets),
     )

@@ -4,15 +4,17 @@ __all__ = ["QuantConv2d", "unfold"]
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from qgen.kernels import conv_ops, conv_reference
+from qgen.kernels.conv_ops import ConvAsk, Geometry
+from qgen.kernels.ops import SLOTS
 from qgen.nn.linear import slots_of
 from qgen.nn.packed import Layout, Packed
 from qgen.site import Draft
 
 
 class QuantConv2d(Packed, nn.Conv2d):
-    """A packed `nn.Conv2d` with one group and zero padding: x (B, C, H, W) to (B, N, H', W') in x's dtype."""
+    """A packed `nn.Conv2d` with one group and zero padding: x (B, C, H, W) to (B, N, H', W') in x's dtype, channels-last in memory."""
 
     def __new__(cls, like=None, *args, **kwargs):
         # peft makes the convolutions of an adapter by type(layer)(channels, …): those are ordinary ones.
@@ -47,19 +49,30 @@ class QuantConv2d(Packed, nn.Conv2d):
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.n, self.in_channels, *self.kernel_size)
 
+    def ask(self) -> ConvAsk:
+        """This layer's request to the kernel registry, for the device where its codes are."""
+        conv_ops.offer()
+        return ConvAsk(**{**vars(super().ask()), "op": "conv2d"}, geometry=Geometry.of(self))
+
+    def canonical(self) -> dict[str, Tensor]:
+        """The tensors that are present, by slot, in canonical layout: the bytes that files hold."""
+        slots = {name: p.detach() for name, p in self.slots().items()}
+        return slots if self.kernel is None else conv_ops.find(self.kernel).unpack(slots, self._ask)
+
+    def serves(self, kernel: str) -> str | None:
+        """`kernel` if it can serve this layer as it is now, else None."""
+        return None if conv_ops.find(kernel).needs.refusals(self.ask()) else kernel
+
     def forward(self, x: Tensor) -> Tensor:
-        rows, height, width = unfold(x, self)
-        y = self._run(rows)  # (B, H' · W', N)
-        return y.transpose(1, 2).unflatten(2, (height, width))
+        if self.kernel is None:
+            raise RuntimeError(f"{type(self).__name__} has no kernel yet: call qgen.prepare(model) or layer.prepare()")
+        return torch.ops.qgen.conv2d(
+            x, *[getattr(self, slot) for slot in SLOTS], self.weight_format, self.act_format, self.n, self.k,
+            self.hadamard, self.kernel_size, self.stride, self.padding, self.dilation, self.kernel,
+        )  # fmt: skip
 
 
 def unfold(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, int, int]:
     """Patches (B, H' · W', K) that a convolution multiplies with its weight (N, K), and H', W'."""
-    sizes = [
-        (x.shape[2 + i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-        for i in (0, 1)
-    ]
-    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0):
-        return x.flatten(2).transpose(1, 2), *sizes
-    rows = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-    return rows.transpose(1, 2), *sizes
+    geometry = Geometry.of(conv)
+    return conv_reference.unfold(x, geometry), *geometry.output(*x.shape[2:])

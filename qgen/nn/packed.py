@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qgen import formats
 from qgen.kernels import registry
-from qgen.kernels.ops import SLOTS
+from qgen.kernels.ops import SLOTS, Slots
 
 FLOAT_SLOTS = (
     "smooth",
@@ -145,18 +145,11 @@ class Packed(nn.Module):
         }
         traits |= {name: getattr(self, name) is not None for name in ("smooth", "shift", "bias")}
         on = frozenset(name for name, present in traits.items() if present)
+        static = "" if self.act_scale is None else "tensor" if self.act_scale.numel() == 1 else "block"
         return registry.Ask(
-            "linear",
-            kind,
-            self.weight_format,
-            self.act_format,
-            self.compute_dtype,
-            self.n,
-            self.k,
-            self.rank,
-            capability,
-            on,
-        )
+            "linear", kind, self.weight_format, self.act_format, self.compute_dtype, self.n, self.k, self.rank, capability,
+            on, self.hadamard, static,
+        )  # fmt: skip
 
     def serves(self, kernel: str) -> str | None:
         """`kernel` if it can serve this layer as it is now, else None: `prepare(layer.serves(old))` keeps a kernel where it can."""
@@ -175,8 +168,12 @@ class Packed(nn.Module):
         kernel = self.kernel
         if kernel is None:
             raise RuntimeError(f"{type(self).__name__} has no kernel yet: call qgen.prepare(model) or layer.prepare()")
+        return torch.ops.qgen.linear(x, *self.record(), kernel)
+
+    def record(self) -> Slots:
+        """The layer as kernels see it, in the layout of its kernel: what `qgen.kernels.fused_ops` takes of each layer."""
         tensors = [getattr(self, slot) for slot in SLOTS]
-        return torch.ops.qgen.linear(x, *tensors, self.weight_format, self.act_format, self.n, self.hadamard, kernel)
+        return Slots(*tensors, self.weight_format, self.act_format, self.n, self.hadamard)
 
     # -- nn.Module -----------------------------------------------------------------------------------------------------
     def _apply(self, fn, recurse=True):
@@ -280,13 +277,9 @@ class Layout:
         """Empty canonical tensors for a weight (N, K), by slot."""
         fmt = formats.get(self.weight)
         kp = formats.padded(k, self.weight, self.act, multiple=self.hadamard or 1)
-        groups = kp // (fmt.block or kp)
         act_groups = kp // (formats.get(self.act).block or kp) if self.act else 1
         shapes = {
-            "codes": ((n, kp * fmt.bits // 8), torch.uint8),
-            "scales": ((n, groups), fmt.scale_dtype),
-            "global_scale": ((n, 1) if fmt.global_scale == "row" else (), torch.float32),
-            "zero": ((n, groups), fmt.scale_dtype),
+            **fmt.shapes(n, kp),
             "smooth": ((k,), dtype),
             "down": ((self.rank, k), dtype),
             "up": ((n, self.rank), dtype),

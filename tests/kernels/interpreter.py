@@ -14,11 +14,12 @@ off. `test_interpreted.py` runs each such module in a process of its own, so tha
 never share one.
 """
 
-__all__ = ["install", "interpreting", "launches", "needed", "register_asm"]
+__all__ = ["install", "interpreting", "launches", "needed", "on_cpu", "register_asm"]
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,22 @@ def launches() -> Iterator[list[str]]:
         yield names
     finally:
         interpreter.GridExecutor.__call__ = original
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within the block every Triton kernel offers itself to the CPU, ahead of all others; what else it needs, it still needs."""
+    from qgen.kernels.registry import kernels
+
+    before = dict(kernels.items())
+    for name, kernel in before.items():
+        if kernel.name.startswith("triton_"):
+            needs = replace(kernel.needs, devices=tuple({*kernel.needs.devices, "cpu"}))
+            kernels._items[name] = replace(kernel, needs=needs, priority=1000 + kernel.priority)
+    try:
+        yield
+    finally:
+        kernels._items.update(before)
 
 
 def install() -> None:

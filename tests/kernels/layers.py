@@ -6,7 +6,7 @@ import torch
 
 from qgen import formats
 from qgen.kernels import reference, registry
-from qgen.kernels.ops import SLOTS
+from qgen.kernels.slots import Slots
 
 
 def make_layer(weight, act, n, k, dtype=torch.bfloat16, rank=0, smooth=True, shift=None, bias=True, hadamard=0):
@@ -34,18 +34,18 @@ def make_layer(weight, act, n, k, dtype=torch.bfloat16, rank=0, smooth=True, shi
 
 
 def arguments(slots, ask, hadamard=0):
-    """The op's arguments behind x."""
-    return (*[slots.get(name) for name in SLOTS], ask.weight, ask.act, ask.n, hadamard)
+    """The layer's record: what a kernel takes behind x, or, unpacked, the op."""
+    return Slots.of(slots, ask.weight, ask.act, ask.n, hadamard)
 
 
 def packed(kernel, slots, ask, hadamard=0):
-    """The arguments behind x for a kernel's own layout."""
+    """The layer's record in a kernel's own layout."""
     return arguments({name: t.contiguous() for name, t in kernel.pack(dict(slots), ask).items()}, ask, hadamard)
 
 
 def run_reference(x, slots, ask, hadamard=0):
     """The reference's output in float32: what is compared is not rounded twice."""
-    return reference.linear(x.float(), *arguments({k: _wide(k, v) for k, v in slots.items()}, ask, hadamard))
+    return reference.linear(x.float(), arguments({k: _wide(k, v) for k, v in slots.items()}, ask, hadamard))
 
 
 def _wide(name, t):

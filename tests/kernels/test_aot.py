@@ -86,6 +86,22 @@ def test_a_broken_promise(compiled, changes, problem):
     assert any(problem in found for found in problems(compiled, **changes)), problems(compiled, **changes)
 
 
+def test_loop_beyond_its_budget_is_accepted_for_a_reason():
+    waived = {"budget": {None: 2}, "waivers": {ADA: Waiver(0, "two sums", loop=3)}}
+    row = check(replace(CASE, **waived), ADA, GOOD)
+    assert not row.problems and row.note == "loop of 3 for 2 accepted: two sums"
+    assert problems(replace(GOOD, spills=4), **waived) == ("spills 4 bytes, allowed 0",)
+    longer = replace(GOOD, machine=sass(LOOP[0], "NOP", *LOOP[1:], *["NOP"] * 40))
+    assert problems(longer, **waived) == ("loop of 4 instructions, budget 3",)
+
+
+def test_waivers_that_are_not_needed_are_problems():
+    assert problems(waivers={ADA: Waiver(8, "known")}) == ("spills nothing: its waiver of 8 bytes is not needed",)
+    waived = {"budget": {None: 3}, "waivers": {ADA: Waiver(0, "two sums", loop=9)}}
+    assert problems(**waived) == ("loop of 3 instructions fits the budget 3: its waiver is not needed",)
+    assert problems(waivers={None: Waiver(8, "some of all targets")}) == ()
+
+
 def test_accepted_spill_is_noted():
     row = check(replace(CASE, waivers={None: Waiver(8, "one pointer")}), ADA, replace(GOOD, spills=8))
     assert not row.problems and row.note == "spill accepted: one pointer"
@@ -213,6 +229,13 @@ def test_program_reports_broken_promises(program, capsys):
     out = capsys.readouterr().out
     assert "FAILED op/a@sm_89: spills 4 bytes" in out and "op/b" not in out
     assert out.count("| kernel") == 2 and "1 compilations, 1 with broken promises" in out
+
+
+def test_program_lists_what_it_waived(program, capsys, monkeypatch):
+    one = replace(CASE, fn=triton_fp4.aot_cases()[0].fn, waivers={ADA: Waiver(8, "one pointer")})
+    monkeypatch.setattr(aot, "cases", lambda: [one])
+    assert program(compiled=replace(GOOD, spills=4)) == 0
+    assert "WAIVED op/kernel@sm_89: spill accepted: one pointer" in capsys.readouterr().out
 
 
 def test_program_update_keeps_what_it_did_not_compile(program, tmp_path):

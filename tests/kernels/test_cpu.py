@@ -221,29 +221,32 @@ def test_auto_takes_the_quickest_that_serves(monkeypatch):
     assert "needs a processor with avx512_vnni" in explain(ask)
 
 
-def test_no_compiler_is_said_plainly(monkeypatch):
+@pytest.fixture
+def nothing_built():
+    """Nothing is remembered of earlier builds, nor of those of the test."""
+    remembered = (cpu_compile._load, cpu_compile.compiled)
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+def test_no_compiler_is_said_plainly(monkeypatch, nothing_built):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(cpu_compile.shutil, "which", lambda name: None)
-    cpu_compile._load.cache_clear()
-    try:
-        library, why = cpu_compile._load()
-    finally:
-        cpu_compile._load.cache_clear()
+    library, why = cpu_compile._load()
     assert library is None
     assert "C++ compiler" in why or "Linux only" in why
 
 
-def test_a_failed_build_is_said_plainly(monkeypatch, tmp_path):
+def test_a_failed_build_is_said_plainly(monkeypatch, tmp_path, nothing_built):
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\ntest \"$1\" = --version && exit 0\necho 'fatal: no such instruction' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cpu_compile._load.cache_clear()
-    try:
-        library, why = cpu_compile._load()
-    finally:
-        cpu_compile._load.cache_clear()
+    library, why = cpu_compile._load()
     assert library is None
     assert "no such instruction" in why or "Linux only" in why
 

@@ -1,5 +1,7 @@
 """Which kernel a layer gets, for capabilities that need not be here: the table that the README's promises rest on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,11 +48,19 @@ def test_linear_on_cuda(formats, capability):
     assert choose(ask(*formats, capability)).name == (kernel if capability in where else "reference")
 
 
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100", "gfx1201"])
 @pytest.mark.parametrize("formats", TABLE, ids=lambda f: f"{f[0]}-{f[1] or 'float'}")
-def test_linear_on_amd(formats):
-    kernel = choose(ask(*formats, "gfx942", "hip")).name
+def test_linear_on_amd(formats, arch):
+    kernel = choose(ask(*formats, arch, "hip")).name
     plain = {"triton_w4s_a8", "triton_w8a8", "triton_w4a8", "triton_w4a4", "triton_w4a16"}  # no inline PTX on AMD
     assert kernel == (TABLE[formats][0] if TABLE[formats][0] in plain else "reference")
+
+
+def test_linear_on_amd_that_was_not_compiled():
+    wanted = ask("int4_s8_g64", "int8_row", "gfx1030", "hip")
+    assert choose(wanted).name == "reference"
+    with pytest.raises(NoKernel, match="serves gfx942/gfx1100/gfx1201, found gfx1030"):
+        choose(wanted, prefer="triton_w4s_a8")
 
 
 @pytest.mark.parametrize("formats", TABLE, ids=lambda f: f"{f[0]}-{f[1] or 'float'}")
@@ -105,6 +115,33 @@ def test_static_scales_are_refused_where_not_computed():
     )
     with pytest.raises(NoKernel, match="cannot do static_act"):
         choose(static, prefer="triton_nvfp4")
+
+
+@pytest.mark.parametrize("size", [96, 512])
+@pytest.mark.parametrize("name", ["triton_w4s_a8", "triton_nvfp4", "gluon_int4"])
+def test_transforms_that_are_not_fused_are_refused_by_size(name, size):
+    formats = {"triton_w4s_a8": ("int4_s8_g64", "int8_row"), "triton_nvfp4": ("nvfp4", "nvfp4_dynamic")}
+    capability = (12, 0) if name == "triton_nvfp4" else (8, 9)
+    wanted = ask(*formats.get(name, ("int4_g64", "int4_g64")), capability, hadamard=size)
+    with pytest.raises(NoKernel, match=rf"serves block transforms of 16/32/64/128/256, asked {size}"):
+        choose(wanted, prefer=name)
+    assert choose(replace(wanted, hadamard=128), prefer=name).name == name
+
+
+def test_static_scales_per_tensor_are_served_in_eight_bits():
+    static = ask("fp8_e4m3_tensor", "fp8_e4m3_tensor", (8, 9), static="tensor")
+    assert choose(static).name == "scaled_mm_fp8"
+    with pytest.raises(NoKernel, match="serves scales of activations stored per tensor, asked one per block"):
+        choose(replace(static, static="block"), prefer="scaled_mm_fp8")
+
+
+@pytest.mark.parametrize("op", ["fused_linear", "mlp"])
+@pytest.mark.parametrize("capability", CUDA, ids=arch)
+def test_fused_ops_follow_the_linear_kernels(capability, op):
+    for formats, (kernel, where) in TABLE.items():
+        chosen = choose(replace(ask(*formats, capability), op=op)).name
+        fused = kernel not in ("triton_w4a16", "scaled_mm_fp8")
+        assert chosen == (kernel if fused and capability in where else "reference")
 
 
 ATTENTION = {

@@ -5,6 +5,7 @@ import torch
 
 from qgen import formats
 from qgen.kernels import reference
+from qgen.kernels.slots import Slots
 
 N, K, R, M = 48, 128, 8, 20
 
@@ -47,10 +48,11 @@ def by_hand(c, weight, on, act=None):
 
 def run(c, weight, on, act="", x=None):
     pick = lambda name, key=None: c[name] if (key or name) in on else None  # noqa: E731
-    return reference.linear(
-        c["x"] if x is None else x, *packed(weight, c["w"]), pick("smooth"), pick("down", "lowrank"), pick("up", "lowrank"), pick("bias"),
-        pick("shift"), None, weight, act, N, 64 if "hadamard" in on else 0,
+    slots = Slots(
+        *packed(weight, c["w"]), pick("smooth"), pick("down", "lowrank"), pick("up", "lowrank"), pick("bias"), pick("shift"),
+        weight=weight, act=act, n=N, hadamard=64 if "hadamard" in on else 0,
     )  # fmt: skip
+    return reference.linear(c["x"] if x is None else x, slots)
 
 
 EXTRAS = [
@@ -95,7 +97,7 @@ def test_k_is_padded_with_zeros():
     c = case()
     w = c["w"][:, :100]
     wide = torch.nn.functional.pad(w, (0, 28))
-    y = reference.linear(c["x"][:, :100], *packed("int4_g64", wide), *[None] * 6, "int4_g64", "", N, 0)
+    y = reference.linear(c["x"][:, :100], Slots(*packed("int4_g64", wide), weight="int4_g64", n=N))
     assert relative(y, c["x"][:, :100].double() @ formats.get("int4_g64").fake(wide).double()[:, :100].T) < 2e-6
 
 

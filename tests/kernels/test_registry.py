@@ -36,6 +36,17 @@ ASK = Ask("linear", "cpu", "int4_g64", "int4_g64", torch.bfloat16, 96, 256, 32)
             "cannot do shift",
         ),
         (
+            Needs(hadamards=(64, 128)),
+            Ask("linear", "cpu", traits=frozenset({"hadamard"}), hadamard=512),
+            "serves block transforms of 64/128, asked 512",
+        ),
+        (
+            Needs(statics=()),
+            Ask("linear", "cpu", static="tensor"),
+            "of activations computed on the fly, asked one per tensor",
+        ),
+        (Needs(statics=("tensor",)), Ask("linear", "cpu", static="block"), "stored per tensor, asked one per block"),
+        (
             Needs(package="no_such_package_here"),
             ASK,
             "needs the package 'no_such_package_here', which is not installed",
@@ -50,6 +61,18 @@ def test_one_refusal_one_reason(needs, ask, words):
 
 def test_everything_is_served_by_no_needs():
     assert Needs().refusals(ASK) == [] and Needs(package="torch").refusals(ASK) == []
+
+
+def test_extras_that_are_served_or_not_asked_for():
+    needs = Needs(hadamards=(64,), statics=("tensor",))
+    assert needs.refusals(ASK) == []
+    assert needs.refusals(Ask("linear", "cpu", hadamard=64, static="tensor")) == []
+    assert Needs().refusals(Ask("linear", "cpu", hadamard=4096, static="block")) == []
+
+
+def test_an_ask_says_its_extras():
+    text = str(Ask("linear", "cuda", "int4_g64", k=64, n=8, capability=(8, 0), hadamard=128, static="block"))
+    assert text == "linear(int4_g64 x float, K=64, N=8, bfloat16, Hadamard 128, static scales per block) on cuda sm_80"
 
 
 @pytest.fixture

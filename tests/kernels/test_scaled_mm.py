@@ -6,8 +6,8 @@ import torch
 
 from qgen import formats
 from qgen.kernels import reference, registry, scaled_mm
-from qgen.kernels.ops import SLOTS
 from qgen.kernels.registry import Ask
+from qgen.kernels.slots import Slots
 
 EXTRAS = [(), ("smooth", "bias"), ("smooth", "shift", "bias", "lowrank")]
 
@@ -38,19 +38,18 @@ def close(y, want, relative=6e-3):
 def test_fp8_against_the_reference(weight, act, traits):
     slots = layer(weight, 48, 64, traits)
     x = torch.randn(2, 5, 64).bfloat16()
-    arguments = [slots.get(slot) for slot in SLOTS]
-    y = registry.find("linear", "scaled_mm_fp8").run(x, *arguments, weight, act, 48, 0)
+    record = Slots.of(slots, weight, act, 48)
+    y = registry.find("linear", "scaled_mm_fp8").run(x, record)
     assert y.shape == (2, 5, 48) and y.dtype == torch.bfloat16
-    close(y, reference.linear(x.float(), *arguments, weight, act, 48, 0))
+    close(y, reference.linear(x.float(), record))
 
 
 def test_fp8_static_scale():
     slots = layer("fp8_e4m3_tensor", 48, 64, ())
     slots["act_scale"] = torch.tensor(0.01)
     x = torch.randn(5, 64).bfloat16()
-    arguments = [slots.get(slot) for slot in SLOTS]
-    names = ("fp8_e4m3_tensor", "fp8_e4m3_tensor")
-    close(scaled_mm.fp8_linear(x, *arguments, *names, 48, 0), reference.linear(x.float(), *arguments, *names, 48, 0))
+    record = Slots.of(slots, "fp8_e4m3_tensor", "fp8_e4m3_tensor", 48)
+    close(scaled_mm.fp8_linear(x, record), reference.linear(x.float(), record))
 
 
 def decode(codes, tiles, rows, k):
@@ -82,9 +81,9 @@ def test_nvfp4_against_the_reference(m, traits, monkeypatch):
     kernel = registry.find("linear", "scaled_mm_nvfp4")
     packed = kernel.pack(slots, Ask("linear", "cuda", "nvfp4", "nvfp4_dynamic", n=n, k=k))
     x = torch.randn(m, k).bfloat16()
-    rest = ("nvfp4", "nvfp4_dynamic", n, 0)
-    y = kernel.run(x, *[packed.get(slot) for slot in SLOTS], *rest)
-    close(y, reference.linear(x.float(), *[slots.get(slot) for slot in SLOTS], *rest))
+    rest = ("nvfp4", "nvfp4_dynamic", n)
+    y = kernel.run(x, Slots.of(packed, *rest))
+    close(y, reference.linear(x.float(), Slots.of(slots, *rest)))
     assert calls == [(torch.float4_e2m1fn_x2, (1, k // 2))]
 
 
@@ -104,4 +103,4 @@ def test_no_rows(name):
     kernel = registry.find("linear", name)
     packed = kernel.pack(slots, ask)
     x = torch.empty(0, 64, dtype=torch.bfloat16)
-    assert kernel.run(x, *[packed.get(slot) for slot in SLOTS], weight, act, 16, 0).shape == (0, 16)
+    assert kernel.run(x, Slots.of(packed, weight, act, 16)).shape == (0, 16)

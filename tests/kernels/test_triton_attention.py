@@ -185,6 +185,37 @@ def test_op_equals_reference_from_end_to_end(spec, smooth_q):
     assert all(torch.equal(a, b) for a, b in zip((q, k, v, mask), kept, strict=True))
 
 
+@pytest.mark.parametrize("spec", ["int8", "int8_fp8"])
+@pytest.mark.parametrize("d, size", [(64, 64), (96, 32)], ids=str)
+def test_rotated_op_equals_reference_and_helps_where_a_channel_stands_out(spec, d, size):
+    q, k, v = (t.clone() for t in inputs(130, 200, d=d))
+    k[..., 3] += 60 * torch.randn(200).bfloat16()
+    q[..., 3] *= 0.05
+    with interpreter.launches() as names:
+        out, lse = torch.ops.qgen.attention(q, k, v, None, False, None, spec, True, False, f"triton_{spec}", size)
+    assert names == ["_sums", "_queries", "_keys", "_attend"], "no launch of its own"
+    wanted, exact = torch.ops.qgen.attention(q, k, v, None, False, None, spec, True, False, "reference", size)
+    assert rms(out, wanted) < 5e-3 and (lse - exact).abs().max() < 5e-3
+    truth, _ = reference.attention_float(q, k, v)
+    plain, _ = torch.ops.qgen.attention(q, k, v, None, False, None, spec, True, False, "reference")
+    assert rms(out, truth) < 0.7 * rms(plain, truth)
+
+
+@pytest.mark.parametrize("size", [3, 24, 256, -2])
+def test_rotations_that_do_not_divide(size):
+    with pytest.raises(ValueError, match=f"power of two that divides D=64, found {size}"):
+        torch.ops.qgen.attention(*inputs(8, 8), None, False, None, "int8", True, False, "reference", size)
+
+
+@pytest.mark.parametrize("spec", ["int8", "int8_fp8"])
+@pytest.mark.parametrize("smooth_q", [False, True], ids=["plain", "smooth_q"])
+def test_equal_tokens_are_averaged(spec, smooth_q):
+    """All rows the same: each output is the value, whatever zero means are divided by."""
+    q, k, v = (t[:, :, :1].expand(-1, -1, 130, -1) for t in inputs(1, 1))
+    out, _ = torch.ops.qgen.attention(q, k, v, None, False, None, spec, True, smooth_q, f"triton_{spec}")
+    assert rms(out, v.repeat_interleave(2, 1)) < 4e-3
+
+
 def test_op_with_fake_tensors_and_gradient():
     q, k, v = (t.detach().requires_grad_() for t in inputs(63, 70))
     torch.library.opcheck(torch.ops.qgen.attention, (q, k, v, None, True, 0.1, "int8", True, False, "triton_int8"))
@@ -231,3 +262,10 @@ def test_configurations():
     assert configure((9, 0), "int8_fp8") == Config()
     assert configure((12, 0), "int8_fp8") == Config(acc16=True)
     assert configure((8, 6), "int8").v_max == 2.25
+    assert [configure(arch, "int8").warps for arch in ("gfx942", "gfx1100", "gfx1201")] == [4, 8, 8]
+
+
+@pytest.mark.parametrize("bm", [32, 64])
+@pytest.mark.parametrize("causal, smooth_q", [(False, True), (True, False)], ids=["smooth_q", "causal"])
+def test_lower_tiles(bm, causal, smooth_q):
+    compare(*inputs(200, 140), "int8", causal=causal, smooth_q=smooth_q, bm=bm)

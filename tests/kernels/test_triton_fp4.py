@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from qgen import formats
-from qgen.kernels import reference, registry, triton_fp4
+from qgen.kernels import fused_ops, fused_reference, reference, registry, triton_fp4, triton_mlp_fp4
+from qgen.kernels.fusion import GATED, Heads, Producer
 from qgen.kernels.layouts import swizzle_scales
-from qgen.kernels.ops import SLOTS
 from qgen.kernels.registry import Ask
+from qgen.kernels.slots import Slots
 from qgen.kernels.triton_act import Activations, quantize_act
 
 WEIGHTS = list(triton_fp4.BLOCKS)
@@ -86,7 +87,7 @@ def test_epilogue_activation(activation):
 
 def test_unknown_activation_is_refused():
     act, qw, *_ = operands("nvfp4", 1, 8, 32)
-    with pytest.raises(ValueError, match="gelu_tanh or silu, found 'relu'"):
+    with pytest.raises(ValueError, match="none, gelu_tanh, silu, found 'relu'"):
         triton_fp4.fp4_gemm(act, qw.codes, swizzle_scales(qw.scales), activation="relu")
 
 
@@ -120,8 +121,8 @@ def test_op_against_the_reference(weight, traits):
     kernel = registry.find("linear", f"triton_{weight}")
     packed = kernel.pack(canonical, Ask("linear", "cuda", weight, triton_fp4.ACTS[weight], n=n, k=k))
     rest = (weight, triton_fp4.ACTS[weight], n, 64 if "hadamard" in traits else 0)
-    y = kernel.run(x, *[packed.get(slot) for slot in SLOTS], *rest)
-    want = reference.linear(x.float(), *[canonical.get(slot) for slot in SLOTS], *rest)
+    y = kernel.run(x, Slots.of(packed, *rest))
+    want = reference.linear(x.float(), Slots.of(canonical, *rest))
     assert y.shape == (2, m // 2, n) and y.dtype == torch.bfloat16
     # With a Hadamard transform a sum may round the other way at a tie of codes: one step of e2m1 in a few thousand.
     close(y, want, relative=2e-2 if "hadamard" in traits else 6e-3, worst=0.2 if "hadamard" in traits else 3e-2)
@@ -154,7 +155,7 @@ def test_inputs_stay_as_they_are():
     packed = slots("nvfp4", 8, 64, 16, ("smooth",))
     packed = registry.find("linear", "triton_nvfp4").pack(packed, Ask("linear", "cuda", "nvfp4", n=8, k=64))
     before = {"x": x.clone()} | {name: t.clone() for name, t in packed.items()}
-    triton_fp4.linear(x, *[packed.get(slot) for slot in SLOTS], "nvfp4", "nvfp4_dynamic", 8, 0)
+    triton_fp4.linear(x, Slots.of(packed, "nvfp4", "nvfp4_dynamic", 8))
     for name, tensor in {"x": x, **packed}.items():
         assert torch.equal(raw(tensor), raw(before[name])), name
 
@@ -162,12 +163,46 @@ def test_inputs_stay_as_they_are():
 def test_no_rows():
     packed = slots("nvfp4", 8, 64, 16, ())
     packed = registry.find("linear", "triton_nvfp4").pack(packed, Ask("linear", "cuda", "nvfp4", n=8, k=64))
-    y = triton_fp4.linear(
-        torch.empty(0, 64, dtype=torch.bfloat16),
-        *[packed.get(slot) for slot in SLOTS],
-        "nvfp4",
-        "nvfp4_dynamic",
-        8,
-        0,
-    )
+    empty = torch.empty(0, 64, dtype=torch.bfloat16)
+    y = triton_fp4.linear(empty, Slots.of(packed, "nvfp4", "nvfp4_dynamic", 8))
     assert y.shape == (0, 8)
+
+
+def two_layers(weight, k, middle, n, gated):
+    """Packed records of the two layers of an MLP, and their canonical ones."""
+    act, found = triton_fp4.ACTS[weight], []
+    for rows, columns in ((2 * middle if gated else middle, k), (n, middle)):
+        canonical = slots(weight, rows, columns, 24, ("smooth", "bias"))
+        packed = registry.find("linear", f"triton_{weight}").pack(
+            canonical, Ask("linear", "cuda", weight, act, n=rows, k=columns)
+        )
+        found.append((Slots.of(packed, weight, act, rows), Slots.of(canonical, weight, act, rows)))
+    return found
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["gelu", "gated"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_mlp_is_three_launches_with_the_codes_of_the_unfused_layers(weight, gated):
+    activation = GATED if gated else "gelu_tanh"
+    (first, plain1), (second, plain2) = two_layers(weight, 128, 160, 72, gated)
+    x = torch.randn(2, 70, 128).bfloat16()
+    with interpreter.launches() as names:
+        y = fused_ops.mlp(x, first, second, Producer("rmsnorm"), activation, f"triton_{weight}")
+    assert names == ["_quantize_blocks", "_fp4_gemm_requantize", "_fp4_gemm"] and y.shape == (2, 70, 72)
+    want = fused_reference.mlp(x, plain1, plain2, Producer("rmsnorm"), activation)
+    close(y, want.float(), relative=5e-2, worst=0.5)  # a last bit may turn a code of 4 bits
+    if not gated:
+        a = quantize_act(x.flatten(0, 1), first.act, 128, first.smooth, None, first.down, clear=True)
+        got = triton_mlp_fp4.requantized(a, first, second, activation, torch.bfloat16)
+        middle = triton_fp4.fp4_gemm(a, first.codes, first.scales, first.global_scale, first.up, first.bias, activation)
+        want = quantize_act(middle, second.act, triton_mlp_fp4._columns(second), second.smooth, None, second.down)
+        assert torch.equal(got.codes, want.codes) and torch.equal(raw(got.scales), raw(want.scales))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_heads_in_the_epilogue(weight):
+    (first, plain), _ = two_layers(weight, 128, 256, 8, False)
+    heads = Heads(64, 128, torch.rand(128) + 0.5, torch.randn(35, 32), torch.randn(35, 32))
+    x = torch.randn(2, 35, 128).bfloat16()
+    y = fused_ops.fused_linear(x, first, heads=heads, kernel=f"triton_{weight}")
+    close(y, fused_reference.apply_heads(reference.product(x, plain), heads), relative=6e-3, worst=3e-2)

@@ -23,11 +23,13 @@ def test_powers_of_two_are_the_reference(size):
     assert torch.allclose(x @ matrix(size), reference.hadamard_blocks(x, size))
 
 
-def test_sizes_hold_multiples_of_twelve_and_twenty():
-    assert {2, 4, 12, 16, 20, 24, 40, 44, 48, 60, 80, 96, 128, 256, 512} <= set(sizes())
+def test_sizes_hold_multiples_of_paleys_orders():
+    assert {2, 4, 12, 16, 20, 24, 28, 36, 40, 44, 48, 56, 60, 72, 80, 96, 112, 128, 144, 224, 256, 288, 512} <= set(
+        sizes()
+    )
 
 
-@pytest.mark.parametrize("size", [2, 12, 16, 20, 48, 64, 96, 128, 240, 256])
+@pytest.mark.parametrize("size", [2, 12, 16, 20, 28, 48, 64, 72, 96, 128, 240, 256])
 def test_kernel_multiplies(size):
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)):
         x = torch.randn(2, 17, 3 * size).to(dtype)

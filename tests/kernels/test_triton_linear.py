@@ -55,7 +55,7 @@ def test_equals_reference(mode, shape):
         x[m // 2] = 0
         before = x.clone()
         with interpreter.launches() as names:
-            y = kernel(name).run(x, *packed(kernel(name), slots, ask))
+            y = kernel(name).run(x, packed(kernel(name), slots, ask))
         assert len(names) == 2
         assert y.shape == (m, n) and y.dtype == dtype and torch.equal(x, before)
         close(y, run_reference(x, slots, ask))
@@ -66,7 +66,7 @@ def test_float32_agrees_to_rounding(mode):
     name, weight, act = MODES[mode]
     slots, ask = make_layer(weight, act, 130, 192, torch.float32, rank=16, shift="row")
     x = torch.randn(2, 31, 192)
-    close(kernel(name).run(x, *packed(kernel(name), slots, ask)), run_reference(x, slots, ask), 2e-6, 1e-4)
+    close(kernel(name).run(x, packed(kernel(name), slots, ask)), run_reference(x, slots, ask), 2e-6, 1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,7 +75,7 @@ def test_bare_layer(mode):
     name, weight, act = MODES[mode]
     slots, ask = make_layer(weight, act, 64, 128, smooth=False, bias=False)
     x = torch.randn(3, 128, 21).bfloat16().transpose(1, 2)
-    close(kernel(name).run(x, *packed(kernel(name), slots, ask)), run_reference(x, slots, ask))
+    close(kernel(name).run(x, packed(kernel(name), slots, ask)), run_reference(x, slots, ask))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.25, 1e30])
@@ -84,7 +84,27 @@ def test_equal_rows(mode, value):
     name, weight, act = MODES[mode]
     slots, ask = make_layer(weight, act, 64, 128)
     x = torch.full((5, 128), value).bfloat16()
-    close(kernel(name).run(x, *packed(kernel(name), slots, ask)), run_reference(x, slots, ask))
+    close(kernel(name).run(x, packed(kernel(name), slots, ask)), run_reference(x, slots, ask))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_large_values_and_groups_of_zeros(mode):
+    """Row by row, so that none hides behind another's size."""
+    name, weight, act = MODES[mode]
+    slots, ask = make_layer(weight, act, 72, 192, rank=16)
+    if weight != "int8_row":
+        slots["codes"][3, :32] = slots["codes"][5, -32:] = 0x88 if "s8" in weight else 0  # groups of −8, or of zeros
+    x = torch.randn(6, 192)
+    x[0] *= 1e5
+    x[1] = 0
+    x[1, 7] = -1e5
+    x[2, 64:128] = 0
+    x[3] = 1e-5 * x[3]
+    x[4, :64] = 1e5
+    x = x.bfloat16()
+    y, want = kernel(name).run(x, packed(kernel(name), slots, ask)), run_reference(x, slots, ask)
+    for row in range(len(x)):
+        close(y[row], want[row])
 
 
 @pytest.mark.parametrize("rank", [1, 100, 256])
@@ -92,7 +112,7 @@ def test_ranks(rank):
     slots, ask = make_layer("int4_s8_g64", "int8_row", 64, 128, rank=rank)
     x = torch.randn(20, 128).bfloat16()
     run = kernel("triton_w4s_a8")
-    close(run.run(x, *packed(run, slots, ask)), run_reference(x, slots, ask))
+    close(run.run(x, packed(run, slots, ask)), run_reference(x, slots, ask))
 
 
 def test_too_long_a_rank_is_refused_while_packing():
@@ -107,7 +127,7 @@ def test_hadamard(mode, size):
     name, weight, act = MODES[mode]
     slots, ask = make_layer(weight, act, 64, 200, hadamard=size)
     x = torch.randn(40, 200).bfloat16()
-    close(kernel(name).run(x, *packed(kernel(name), slots, ask, size)), run_reference(x, slots, ask, size))
+    close(kernel(name).run(x, packed(kernel(name), slots, ask, size)), run_reference(x, slots, ask, size))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -136,7 +156,7 @@ def test_codes_that_are_never_written_can_be_read(mode):
     if "s8" in weight:
         slots["scales"] = torch.full_like(slots["scales"], 16)
     x = torch.randn(16, 128).bfloat16()
-    close(kernel(name).run(x, *packed(kernel(name), slots, ask)), run_reference(x, slots, ask))
+    close(kernel(name).run(x, packed(kernel(name), slots, ask)), run_reference(x, slots, ask))
 
 
 @pytest.mark.parametrize("mode", ["w4s_a8", "w4_a8", "w4_a4", "w4_a4p", "w4_a4z"])
@@ -220,7 +240,8 @@ def test_needs(mode):
     assert "serves activations in" in needs.refusals(ask(act="mxfp4"))[0]
     assert "serves weights in" in needs.refusals(ask(weight="nvfp4"))[0]
     assert needs.refusals(ask(traits=frozenset({"static_act"}))) == ["cannot do static_act"]
-    assert not needs.refusals(ask(device="hip", capability="gfx942"))
+    assert all(not needs.refusals(ask(device="hip", capability=arch)) for arch in ("gfx942", "gfx1100", "gfx1201"))
+    assert needs.refusals(ask(hadamard=512)) == ["serves block transforms of 16/32/64/128/256, asked 512"]
     assert needs.refusals(ask(device="hip", capability="gfx1030"))
 
 
@@ -258,7 +279,7 @@ def test_zero_points_beat_symmetric_codes_on_skewed_input():
         name, weight, act = MODES[mode]
         torch.manual_seed(1)
         slots, ask = make_layer(weight, act, 64, 256, smooth=False, bias=False)
-        y = kernel(name).run(x, *packed(kernel(name), slots, ask)).float()
+        y = kernel(name).run(x, packed(kernel(name), slots, ask)).float()
         q = formats.get(weight).dequantize(formats.QTensor(slots["codes"], slots["scales"], None, None, weight))
         errors[mode] = (y - x.float() @ q.T).norm()
     assert errors["w4_a4z"] < 0.75 * errors["w4_a4"]

@@ -32,6 +32,15 @@ def inputs(lq, lk, h, hkv, d, dtype):
     return [t.to(dtype).transpose(1, 2) for t in (q, k, v)]
 
 
+def logits(codes):
+    """delta in units of log 2, whatever it is stored over."""
+    if codes.delta is None or not codes.spec.startswith("fp4"):
+        return codes.delta
+    groups = codes.q.shape[1] // codes.k.shape[1]
+    steps = codes.q_scale[:, :, :: reference.BLOCK_Q, None] * codes.k_scale.repeat_interleave(groups, 1)[:, :, None]
+    return codes.delta * steps.repeat_interleave(reference.BLOCK_K, -1)
+
+
 def compare(q, k, v, spec, smooth_k=True, smooth_q=False, v_max=448.0, asm=False):
     """Prepares with both, the reference with the kernel's mean of k, and compares every tensor."""
     sums = []
@@ -56,8 +65,8 @@ def compare(q, k, v, spec, smooth_k=True, smooth_q=False, v_max=448.0, asm=False
             assert a.dtype == b.dtype and a.is_contiguous(), name
             different = (a.view(torch.uint8) != b.view(torch.uint8)).float().mean().item()
             assert a.shape == b.shape and different == 0, f"{name}: {different:.2%} of the bytes differ"
-    for name in ("delta", "shift"):
-        a, b = getattr(found, name), getattr(wanted, name)
+    for name, get in (("delta", logits), ("shift", lambda codes: codes.shift)):
+        a, b = get(found), get(wanted)
         assert (a is None) == (b is None), name
         assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4), name
     return found
@@ -96,6 +105,15 @@ def test_zeros_and_huge_values(spec):
     assert not found.q[:, :, 5].any() and not found.k[:, :, 64:128].any()
 
 
+@pytest.mark.parametrize("spec", ["fp4", "fp4_fp8"])
+def test_scales_of_queries_are_shared_by_128_and_never_zero(spec):
+    q, k, v = (t.clone() for t in inputs(200, 130, 2, 1, 64, torch.bfloat16))
+    q[:, :, 128:], k[:, :, 64:128] = 0, 0
+    found = compare(q, k, v, spec, smooth_k=False)
+    assert (found.q_scale[:, :, :128] == found.q_scale[:, :, :1]).all() and (found.q_scale > 0).all()
+    assert (found.k_scale > 0).all() and not found.q[:, :, 128:].any() and not found.k[:, :, 64:128].any()
+
+
 def test_instruction_equals_plain_operations():
     q, k, v = inputs(130, 130, 2, 2, 64, torch.bfloat16)
     plain, asm = (prepare(q, k, v, 0.1, "fp4", smooth_q=True, asm=on) for on in (False, True))
@@ -117,6 +135,32 @@ def test_e2m1_of_all_codes_midpoints_and_beyond(asm):
     y, codes = x.flip(0).contiguous(), torch.empty(1024, dtype=torch.uint8)
     _pairs[(1,)](x, y, codes, N=1024, ASM=asm)
     assert torch.equal(packing.unpack(codes, 4), torch.stack([E2M1.encode(x), E2M1.encode(y)], -1).flatten())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("d, size", [(64, 64), (96, 32), (128, 128), (128, 16)], ids=str)
+def test_rotated_codes_equal_the_reference_up_to_ties(spec, d, size):
+    q, k, v = inputs(130, 140, 2, 1, d, torch.bfloat16)
+    smooth_q = spec == "fp4"
+    found = prepare(q, k, v, 0.11, spec, smooth_q=smooth_q, hadamard=size)
+    wanted = reference.prepare(q, k, v, 0.11, spec, smooth_q=smooth_q, hadamard=size)
+    plain = reference.prepare(q, k, v, 0.11, spec, smooth_q=smooth_q)
+    for name in ("q", "k"):
+        a, b, c = (getattr(codes, name).view(torch.uint8) for codes in (found, wanted, plain))
+        assert (a != b).float().mean() < 2e-3 and (b != c).float().mean() > 0.3
+    for name in ("q_scale", "k_scale"):
+        assert torch.allclose(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-9)
+    assert torch.equal(found.v.view(torch.uint8), wanted.v.view(torch.uint8))
+    if smooth_q:
+        assert torch.allclose(logits(found), logits(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_equal_tokens():
+    """All rows the same: what smoothing leaves is zero, and so are its codes."""
+    q, k, v = (t[:, :, :1].expand(-1, -1, 140, -1) for t in inputs(1, 1, 2, 1, 64, torch.bfloat16))
+    for spec in SPECS:
+        found = compare(q, k, v, spec, smooth_q=True)
+        assert all(t.float().isfinite().all() for t in (found.q_scale, found.k_scale, found.v_scale, found.delta))
 
 
 def test_inputs_are_not_touched():

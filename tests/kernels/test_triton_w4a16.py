@@ -33,7 +33,7 @@ def test_equals_reference(kernel, weight, shape):
         x = torch.randn(m, k).to(dtype)
         x[m // 2] = 0
         before = x.clone()
-        y = kernel.run(x, *packed(kernel, slots, ask))
+        y = kernel.run(x, packed(kernel, slots, ask))
         assert y.shape == (m, n) and y.dtype == dtype and torch.equal(x, before)
         close(y, run_reference(x, slots, ask))
 
@@ -42,7 +42,7 @@ def test_equals_reference(kernel, weight, shape):
 def test_float32_agrees_to_rounding(kernel, weight):
     slots, ask = make_layer(weight, "", 96, 192, torch.float32, rank=16, shift="row")
     x = torch.randn(2, 15, 192)
-    close(kernel.run(x, *packed(kernel, slots, ask)), run_reference(x, slots, ask), 2e-6, 1e-4)
+    close(kernel.run(x, packed(kernel, slots, ask)), run_reference(x, slots, ask), 2e-6, 1e-4)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 5])
@@ -50,17 +50,17 @@ def test_splits_of_k_agree_and_repeat(kernel, splits):
     slots, ask = make_layer("int4_g64", "", 96, 320, torch.float32, rank=16)
     x, args = torch.randn(7, 320), packed(kernel, slots, ask)
     with interpreter.launches() as names:
-        y = triton_w4a16.linear(x, *args, splits=splits)
+        y = triton_w4a16.linear(x, args, splits=splits)
     assert names == ["_quantize_blocks", "_gemm16", *(["_sum_parts"] if splits > 1 else [])]
     close(y, run_reference(x, slots, ask), 2e-6, 1e-4)
-    assert torch.equal(y, triton_w4a16.linear(x, *args, splits=splits))
+    assert torch.equal(y, triton_w4a16.linear(x, args, splits=splits))
 
 
 def test_bare_layer_is_one_launch(kernel):
     slots, ask = make_layer("int4_g64", "", 64, 64, smooth=False, bias=False)
     x = torch.randn(3, 64, 4).bfloat16().transpose(1, 2)
     with interpreter.launches() as names:
-        y = kernel.run(x, *packed(kernel, slots, ask))
+        y = kernel.run(x, packed(kernel, slots, ask))
     assert names == ["_gemm16"]
     close(y, run_reference(x, slots, ask))
 
@@ -76,7 +76,7 @@ def test_number_of_splits():
 def test_assembly_equals_plain_operations(kernel, dtype):
     slots, ask = make_layer("int4_g64", "", 96, 192, dtype)
     x, args = torch.randn(20, 192).to(dtype), packed(kernel, slots, ask)
-    assert torch.equal(*[triton_w4a16.linear(x, *args, asm=asm) for asm in (False, True)])
+    assert torch.equal(*[triton_w4a16.linear(x, args, asm=asm) for asm in (False, True)])
 
 
 @pytest.mark.parametrize(("text", "dtype"), [("BF16_ASM", torch.bfloat16), ("FP16_ASM", torch.float16)])
@@ -110,4 +110,4 @@ def test_needs(kernel):
 def test_equal_rows(kernel, value):
     slots, ask = make_layer("int4_g64", "", 64, 128)
     x = torch.full((5, 128), value).bfloat16()
-    close(kernel.run(x, *packed(kernel, slots, ask)), run_reference(x, slots, ask))
+    close(kernel.run(x, packed(kernel, slots, ask)), run_reference(x, slots, ask))

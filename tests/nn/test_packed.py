@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qgen import formats
-from qgen.kernels import registry
+from qgen.kernels import fused_ops, registry
 from qgen.kernels.ops import SLOTS
 from qgen.nn import QuantConv2d, QuantLinear
 from qgen.nn.packed import Layout
@@ -147,6 +147,22 @@ def test_the_first_parameter_has_the_compute_dtype():
 def test_the_placeholder_cannot_be_written(write):
     with pytest.raises(RuntimeError, match="placeholder that cannot be written"):
         write(linear().weight)
+
+
+@spec_ids
+def test_records_of_two_layers_make_an_mlp(spec):
+    first, second = linear(spec, n=128), linear(spec, n=N, k=128)
+    x = torch.randn(3, 5, K)
+    y = fused_ops.mlp(x, first.record(), second.record(), activation="gelu_tanh", kernel=first.kernel)
+    assert torch.allclose(y, second(F.gelu(first(x), approximate="tanh")), atol=1e-4, rtol=1e-4)
+
+
+def test_an_ask_carries_the_transform_and_the_kind_of_static_scales():
+    layer = linear(hadamard=64)
+    assert layer.ask().hadamard == 64 and layer.ask().static == "" and "hadamard" in layer.ask().traits
+    for scales, kind in ((torch.ones(()), "tensor"), (torch.ones(2), "block")):
+        layer.act_scale = nn.Parameter(scales, requires_grad=False)
+        assert layer.ask().static == kind and "static_act" in layer.ask().traits
 
 
 def test_without_a_kernel_it_says_what_to_do():
