@@ -6,6 +6,7 @@ EXTRAS ?= all
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+WORKERS ?= 2
 BENCH_ARGS ?= linear
 
 BIN := $(VENV)/bin
@@ -31,7 +32,7 @@ demo: $(STAMP) ## quantizes the built-in pipeline to 4 bits on the CPU and puts 
 	$(BIN)/python -m qgen demo --out build/demo $(DEMO_ARGS)
 
 test: $(STAMP) ## the test suite; TEST_ARGS="-k nvfp4 -x" goes to pytest
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff and the type checker
 	$(BIN)/ruff check .

@@ -61,8 +61,8 @@ def quantize(
         prompts: what the pipeline draws during calibration; default: its own `calibration_prompts`, or a built-in set.
         call_kwargs: further arguments of the pipeline's call during calibration (steps, guidance, size, images …).
         calibration: a recorded set (`qgen.calibration.load`), a calibrator (`Recorder(samples=32)`), or for a bare module a list of calls.
-        memory: bytes for calibration statistics, or text such as "2GiB"; less memory means more replays. Default: two fifths of the
-            model's size, at least 512 MiB.
+        memory: bytes for calibration statistics, or text such as "2GiB"; less memory means more replays. Default: half of the model's
+            size, at least 512 MiB.
         checkpoint: folder in which finished waves are kept; the same call goes on from there after a crash.
         seed: of latents and of methods' random numbers. Same seed, same machine, same number of threads: same bytes.
         progress: show progress bars.
@@ -181,7 +181,7 @@ class _Job:
                 f"recipe {recipe.name!r} keeps all {len(sites)} layers of {type(module).__name__} float: nothing to do"
             )
         total = sum(p.nbytes for p in module.parameters())
-        budget = max(512 << 20, total * 2 // 5) if memory is None else parse_bytes(memory)
+        budget = max(512 << 20, total // 2) if memory is None else parse_bytes(memory)
         traffic = Traffic.of(module, calls) if calls else Traffic()
         return cls(name, module, recipe, calls, plan(chosen, budget, traffic), kept, seed)
 
@@ -214,6 +214,8 @@ class _Job:
                     left[shares] -= 1
                     if not left[shares]:
                         stats.drop(shares)
+                        if group.sites[0].shape[0] * group.sites[0].shape[1] > 1 << 21:
+                            _trim()
                     meter.update(1)
                 _trim()
                 if journal:

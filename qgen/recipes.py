@@ -53,6 +53,16 @@ def _recipes() -> dict[str, Recipe]:
             (),
         ),
         "w4a16": (Spec("uint4_g64", None, _SVDQUANT), "4-bit weights, 16-bit activations, rank 32", ()),
+        "nunchaku-int4": (
+            Spec("int4_g64", "int4_g64", _SVDQUANT, share=True),
+            "W4A4 as Nunchaku's files hold it: signed inputs, one smoothing for layers that share an input",
+            (),
+        ),
+        "nunchaku-nvfp4": (
+            Spec("nvfp4", "nvfp4_dynamic", _SVDQUANT, share=True),
+            "W4A4, NVFP4, as Nunchaku's files hold it",
+            (),
+        ),
         "w8a8": (Spec("int8_row", "int8_row", (Smooth(),)), "8-bit integers", ()),
         "fp8": (Spec("fp8_e4m3_row", "fp8_e4m3_row"), "8-bit floats, no calibration", ()),
         "rtn-int4": (Spec("int4_g64", "int4_g64"), "W4A4 rounded to nearest, no calibration: the baseline", plain),
