@@ -172,7 +172,10 @@ class NumberFormat:
     def shapes(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """{slot: (shape, dtype)} of the tensors of a QTensor of shape (n, k), for those that the format has."""
         groups = k // (self.block or k)
-        found = {"codes": ((n, k * self.bits // 8), torch.uint8), "scales": ((n, groups), self.scale_dtype)}
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((n, k * self.bits // 8), torch.uint8),
+            "scales": ((n, groups), self.scale_dtype),
+        }
         if self.global_scale:
             found["global_scale"] = ((n, 1) if self.global_scale == "row" else (), torch.float32)
         if self.zero_point:

@@ -5,6 +5,7 @@ Each is one stream of parts (`qgen.io.peers.base`): a few tensors are in memory 
 
 __all__ = ["convert", "export", "load_peer"]
 
+import contextlib
 import json
 import math
 import shutil
@@ -342,7 +343,11 @@ def _spool(parts: Iterator[Layer | Plain], target: Path, config: dict) -> Path:
 def _kept(source: Source, config: dict) -> Plan:
     tensors = {name: defer(name, source.shapes[name], source.dtypes[name]) for name in source.shapes}
     same = config.get("_class_name") or config.get("architectures")
-    return Plan(tensors, model_of(source).kind, config if same and _own_names(tensors, config) else {}, renamed=False)
+    kind = model_of(source).kind
+    if not kind:
+        with contextlib.suppress(BadCheckpoint):  # names stay, so nothing hangs on whether they could be changed
+            kind = plan(source.shapes, source.dtypes, source.where).kind
+    return Plan(tensors, kind, config if same and _own_names(tensors, config) else {}, renamed=False)
 
 
 def _own_names(tensors: dict[str, Tensor], config: dict) -> bool:

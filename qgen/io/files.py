@@ -143,7 +143,7 @@ def parse(text: bytes | str, where: Path) -> dict:
         return found
 
     try:
-        data = json.loads(text, object_pairs_hook=once)
+        data = json.loads(text, object_pairs_hook=once, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         if isinstance(error, BadCheckpoint):
             raise
@@ -151,6 +151,13 @@ def parse(text: bytes | str, where: Path) -> dict:
     if not isinstance(data, dict):
         raise BadCheckpoint(f"{where}: wanted a JSON object, found {type(data).__name__}")
     return data
+
+
+def _whole(digits: str) -> int:
+    """A whole number of JSON; ValueError for one that no file has bytes for, and that would take long to read or print."""
+    if len(digits) > 20:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

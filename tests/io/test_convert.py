@@ -696,6 +696,20 @@ def test_packed_layers_are_fused_bit_for_bit(flux, tmp_path):
         assert all(torch.equal(t, want[f"model.diffusion_model.{n}"]) for n, t in got.items())
 
 
+def test_comfyui_gets_original_names_by_default(flux, tmp_path):
+    """From a model of diffusers and from an original file; both are the same layers."""
+    folder, _, _ = flux
+    convert(folder / "flux.safetensors", "rtn-nvfp4", tmp_path / "a.safetensors", "comfy")
+    a = open_source(tmp_path / "a.safetensors")
+    assert a.dtypes["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"] == torch.uint8
+    convert(folder / "float", "rtn-nvfp4", tmp_path / "q")
+    export(tmp_path / "q", "comfy", tmp_path / "b.safetensors", format="nvfp4")
+    b = open_source(tmp_path / "b.safetensors")
+    assert {f"model.diffusion_model.{name}" for name in b.shapes} == set(a.shapes)
+    name = "double_blocks.0.img_mlp.0.weight"  # fused with nothing: the same bytes on both ways
+    assert torch.equal(a.read(f"model.diffusion_model.{name}"), b.read(name))
+
+
 def layer(path, n, k=128, spec="int4_g64", act="int4_g64", rank=0, smooth=None, down=None, bias=True):
     made = rounded(
         torch.randn(n, k),

@@ -126,8 +126,8 @@ def _bits(source: Source, path: str, config: dict[str, Any], rows: int, n: int) 
 
 def _block(source: Source, path: str, config: dict[str, Any], k: int, groups: int) -> int:
     said = config.get("group_size")
-    block = said if type(said) is int and said > 0 else -(-k // groups)
-    if -(-k // block) != groups:
+    block = said if type(said) is int and said > 0 else -(-k // max(groups, 1))
+    if not 0 < block <= 1 << 24 or -(-k // block) != groups:
         raise BadCheckpoint(
             f"{source.where}: {path + '.scales'!r} has {groups} groups for {k} columns in groups of {block}"
         )
