@@ -11,6 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.cli.commands import refused, run
+
 pytest.importorskip("diffusers")
 
 from qgen import recipes
@@ -20,20 +22,6 @@ from qgen.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--steps", "2", "--samples", "4", "--keep", "2"]
-
-
-def run(*args, code=0):
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def refused(*args):
-    """The one line on stderr of a command that must fail with exit code 2."""
-    result = run(*args, code=2)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in result.output
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

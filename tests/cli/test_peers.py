@@ -5,24 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from qgen.cli import app
 from qgen.io.peers.base import exporters, importers
 from qgen.io.peers.source import open_source
-
-
-def run(*args, code=0):
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def refused(*args):
-    result = run(*args, code=2)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in result.output
-    return lines[0]
+from tests.cli.commands import refused, run
 
 
 @pytest.fixture(scope="module")

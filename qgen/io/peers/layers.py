@@ -196,30 +196,15 @@ def finite(source: Source, name: str, tensor: Tensor) -> Tensor:
 
 def words_to_bits(words: Tensor, bits: int, count: int) -> Tensor:
     """Codes (R, count) uint8 from a stream of `bits`-wide codes in words (R, W) int32, low bits of the first word first."""
-    rows = len(words)
-    raw = words.reshape(-1).view(torch.uint8).view(rows, -1)  # (R, 4 W) on a little-endian machine
-    if bits in (1, 2, 4, 8):
-        return packing.unpack(raw, bits)[:, :count].contiguous()
-    chunks = -(-count // 8)  # 8 codes fill `bits` bytes
-    raw = torch.nn.functional.pad(raw, (0, max(0, chunks * bits - raw.shape[1])))[:, : chunks * bits].reshape(
-        rows, chunks, bits
-    )
-    whole = torch.zeros(rows, chunks, dtype=torch.int64)
-    for byte in range(bits):
-        whole |= raw[..., byte].long() << (8 * byte)
-    codes = torch.empty(rows, chunks, 8, dtype=torch.uint8)
-    for lane in range(8):
-        codes[..., lane] = (whole >> (bits * lane)) & ((1 << bits) - 1)
-    return codes.flatten(1)[:, :count].contiguous()
+    raw = words.reshape(-1).view(torch.uint8).view(len(words), -1)  # (R, 4 W) on a little-endian machine
+    size = -(-count // 8) * bits  # 8 codes fill `bits` bytes
+    raw = torch.nn.functional.pad(raw, (0, max(0, size - raw.shape[1])))[:, :size]
+    return packing.unpack(raw, bits)[:, :count].contiguous()
 
 
 def bits_to_words(codes: Tensor, bits: int) -> Tensor:
     """The inverse of `words_to_bits`: codes (R, count) uint8 to words (R, ⌈count · bits / 32⌉) int32."""
-    rows, count = codes.shape
-    words = -(-count * bits // 32)
-    codes = torch.nn.functional.pad(codes, (0, -count % 32)).reshape(rows, -1, 8)
-    whole = torch.zeros(codes.shape[:-1], dtype=torch.int64)
-    for lane in range(8):
-        whole |= codes[..., lane].long() << (bits * lane)
-    raw = torch.stack([((whole >> (8 * byte)) & 255).to(torch.uint8) for byte in range(bits)], -1).flatten(1)
-    return raw.contiguous().view(torch.int32)[:, :words].contiguous()
+    count = codes.shape[1]
+    raw = packing.pack(torch.nn.functional.pad(codes, (0, -count % 32)), bits)
+    raw = raw.clone(memory_format=torch.contiguous_format)
+    return raw.view(torch.int32)[:, : -(-count * bits // 32)].contiguous()
