@@ -14,7 +14,7 @@ STAMP := $(VENV)/.ready
 NAMESPACES := kernels calibration nodes
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types format aot bench wheel clean
+.PHONY: help venv demo test slow lint types format aot bench wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,8 +31,12 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## quantizes the built-in pipeline to 4 bits on the CPU and puts pictures and numbers in build/demo
 	$(BIN)/python -m qgen demo --out build/demo $(DEMO_ARGS)
 
-test: $(STAMP) ## the test suite; TEST_ARGS="-k nvfp4 -x" goes to pytest
-	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TEST_ARGS)
+# One thread for each worker: with more threads than cores, OpenMP's waiting threads make small layers many times slower.
+test: $(STAMP) ## the tests, but for the slow ones; TEST_ARGS="-k nvfp4 -x" goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not aot and not slow" $(TEST_ARGS)
+
+slow: $(STAMP) ## the slow tests: kernels in Triton's interpreter, servers, browsers, whole pipelines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow and not aot" $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff and the type checker
 	$(BIN)/ruff check .

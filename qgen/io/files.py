@@ -131,7 +131,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def parse(text: bytes | str, where: Path) -> dict:
+def parse(text: bytes | str, where: Path | str) -> dict:
     """A JSON object without repeated keys; BadCheckpoint otherwise."""
 
     def once(pairs: list) -> dict:

@@ -163,7 +163,7 @@ def _state(source: Source, name: str) -> dict[str, Any]:
     check(source, name, None, torch.uint8)
     if len(source.shapes[name]) != 1 or source.shapes[name][0] > _LONGEST_STATE:
         raise BadCheckpoint(f"{source.where}: {name!r} of shape {list(source.shapes[name])} is no short text")
-    state = parse(bytes(source.read(name).tolist()), source.where)
+    state = parse(bytes(source.read(name).tolist()), f"{source.where}: {name}")
     kind, block, shape = state.get("quant_type"), state.get("blocksize"), state.get("shape")
     right = (
         isinstance(kind, str)

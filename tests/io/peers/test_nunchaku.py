@@ -521,7 +521,7 @@ def test_no_change_of_a_tensor_escapes_as_another_error(dict_source, kind):
     assert refused > 0.6 * len(whole) * len(CHANGES)
 
 
-@pytest.mark.parametrize("value", [10**3000, -1, 0, 2**40], ids=["long", "negative", "zero", "large"])
+@pytest.mark.parametrize("value", [10**19, -1, 0, 2**40], ids=["long", "negative", "zero", "large"])
 def test_absurd_sizes_in_the_config(dict_source, whole_file, value):
     told = json.loads(whole_file[1]["config"]) | {"num_attention_heads": value, "attention_head_dim": value}
     with pytest.raises(BadCheckpoint, match=r"qkv_proj.qweight.* config tells"):
