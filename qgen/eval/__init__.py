@@ -9,6 +9,7 @@ from qgen.eval.bootstrap import Interval, bootstrap_difference, bootstrap_mean
 from qgen.eval.evaluate import evaluate
 from qgen.eval.extractors import MissingWeights
 from qgen.eval.generate import generate
+from qgen.eval.resume import generate_into
 from qgen.eval.scores import Score, Scores
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "bootstrap_mean",
     "evaluate",
     "generate",
+    "generate_into",
 ]

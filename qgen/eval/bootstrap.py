@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "bootstrap_difference", "bootstrap_mean"]
+__all__ = ["Interval", "bootstrap_difference", "bootstrap_mean", "bootstrap_two"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,21 @@ def bootstrap_difference(
     if a.shape != b.shape:
         raise ValueError(f"pairs wanted, found {a.numel()} and {b.numel()} values")
     return bootstrap_mean(torch.where(a == b, torch.zeros_like(a), a - b), level, draws, seed)
+
+
+def bootstrap_two(
+    a: Sequence[float] | Tensor, b: Sequence[float] | Tensor, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Returns mean a - mean b of two unpaired sets (n,) and (m,) with its interval, for samples of different prompts.
+
+    n of the result is the smaller set's. Values must be finite; raises ValueError otherwise, or for an empty set.
+    """
+    a, b = (torch.as_tensor(v, dtype=torch.float64).flatten().cpu() for v in (a, b))
+    if not a.numel() or not b.numel() or not bool(a.isfinite().all() & b.isfinite().all()):
+        raise ValueError(f"two sets of finite values wanted, found {a.numel()} and {b.numel()} values")
+    generator = torch.Generator().manual_seed(seed)
+    means = [x[torch.randint(len(x), (draws, len(x)), generator=generator)].mean(1) for x in (a, b)]
+    differences = (means[0] - means[1]).sort().values
+    edge = (1 - level) / 2
+    low, high = (differences[round(q * (draws - 1))] for q in (edge, 1 - edge))
+    return Interval(float(a.mean() - b.mean()), float(low), float(high), min(len(a), len(b)), level)

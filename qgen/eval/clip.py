@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qgen.eval.images import batches
-from qgen.eval.metrics import Measured, Shots, metrics
+from qgen.eval.metrics import Measured, Shots, metrics, needs
 
 __all__ = ["clip_score"]
 
@@ -40,7 +40,9 @@ def clip_score(pictures: Tensor, prompts: Sequence[str], extractor, batch_size: 
 
 
 @metrics.register("clip")
+@needs("prompts", "network")
 def score_clip(shots: Shots) -> Measured:
     prompts, extractor = shots.need_prompts("clip"), shots.extractor_for("clip")
-    values = clip_score(shots.pictures, prompts, extractor, shots.batch_size)
-    return Measured(extractor.labels["clip"], "", "higher", per_prompt=values, extractor=extractor)
+    mine, theirs = shots.on_both(lambda pictures: clip_score(pictures, prompts, extractor, shots.batch_size))
+    label = extractor.labels["clip"]
+    return Measured(label, "", "higher", per_prompt=mine, reference_per_prompt=theirs, extractor=extractor)

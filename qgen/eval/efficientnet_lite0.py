@@ -32,7 +32,13 @@ class EfficientNetLite0:
     """Pooled features (B, 1280), and a perceptual distance over five depths with uniform weights."""
 
     name = "EfficientNet-Lite0"
-    labels = {"fid": "FD-EffNetLite0", "kid": "KD-EffNetLite0", "lpips": "LPIPS-EffNetLite0"}  # noqa: RUF012
+    labels = {  # noqa: RUF012
+        "fid": "FD-EffNetLite0",
+        "kid": "KD-EffNetLite0",
+        "is": "IS-EffNetLite0",
+        "lpips": "LPIPS-EffNetLite0",
+        "dists": "DISTS-like (EffNetLite0, uniform)",
+    }
     usual = False
 
     def __init__(self, path: str | None = None, device: str = "cpu"):
@@ -62,6 +68,11 @@ class EfficientNetLite0:
         if x.shape[-2:] != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
         return self.network.extract_features(_normalize(x)).mean((2, 3))
+
+    @torch.inference_mode()
+    def logits(self, pictures: Tensor) -> Tensor:
+        """(B, H, W, 3) in [0, 1] to (B, 1000) class scores of ImageNet."""
+        return self.network._fc(self.features(pictures))
 
     @torch.inference_mode()
     def distance(self, x: Tensor, y: Tensor) -> Tensor:

@@ -11,19 +11,20 @@ the network behind it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qgen.eval.bootstrap import bootstrap_mean
+from qgen.eval.collect import collect, measure
 from qgen.eval.generate import generate
 from qgen.eval.images import as_images
-from qgen.eval.metrics import Measured, Shots, same_shape
+from qgen.eval.metrics import Shots, check_early, same_shape
 from qgen.eval.metrics import metrics as registry
-from qgen.eval.scores import Score, Scores
+from qgen.eval.resume import generate_into
+from qgen.eval.scores import Scores
 
 __all__ = ["evaluate"]
 
@@ -43,20 +44,29 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
+    resume: str | Path | None = None,
     **options: Any,
 ) -> Scores:
     """Scores a pipeline's pictures, against a reference's where the metric compares.
 
     Arguments:
-        pipe: a diffusers text-to-image pipeline, or pictures that it has drawn, (n, H, W, 3). reference: the 16-bit
-        pipeline or its pictures for the same prompts and seed. Needed by psnr, ssim, lpips, sqnr. prompts: one per
-        picture. The demo pipeline has its own held-out prompts; any other pipeline needs them. metrics: names out of
-        `qgen.eval.metrics`: psnr, ssim, sqnr, lpips, fid, kid, clip. extractor: "auto" takes the usual networks
-        (InceptionV3, AlexNet, CLIP) where their weights are on this computer and small ones
-            otherwise; "real" or "small" insist; or a name, or "name:path", or a mapping from metric to one of these.
+        pipe: a diffusers text-to-image pipeline, or pictures that it has drawn, (n, H, W, 3), or a folder of them.
+        reference: the 16-bit pipeline or its pictures for the same prompts and seed. Needed by psnr, ssim, ms_ssim, sqnr,
+            lpips, dists.
+        prompts: one per picture. The demo pipeline has its own held-out prompts; any other pipeline needs them.
+        metrics: names registered in `qgen.eval.metrics`: psnr, ssim, ms_ssim, sqnr, lpips, dists, fid, kid, is, clip,
+            clip_iqa, image_reward, hpsv2.
+        extractor: "auto" takes the usual networks (InceptionV3, AlexNet, CLIP) where their weights are on this computer and
+            small ones otherwise; "real" or "small" insist; or a name, or "name:path", or a mapping from metric to one of
+            these.
         real: a folder of real pictures, or a features file, for fid and kid; without it they compare with the
-        reference's pictures. steps, guidance, options: arguments of both pipelines' calls; left out, the pipelines'
-        own defaults hold. seed: chooses the noise, and the bootstrap's draws.
+            reference's pictures.
+        steps, guidance, options: arguments of both pipelines' calls; left out, the pipelines' own defaults hold.
+        seed: chooses the noise, and the bootstrap's draws.
+        resume: a folder that keeps finished pictures (8-bit PNG); a second run draws what is missing and ends with the same
+            numbers. Under `accelerate launch` the processes share the drawing through it.
+
+    Fewer than 2048 pictures flag fid, and kid over the same network is added before it.
 
     Returns `Scores`. Raises ValueError for what does not fit together, before anything is drawn where that can be
     known, and `MissingWeights` if a network that was asked for is not on this computer.
@@ -70,7 +80,7 @@ def evaluate(
     drawn = {"pipe": not callable(pipe), "reference": reference is not None and not callable(reference)}
     prompts = _prompts(pipe, prompts, drawn["pipe"])
     blank = torch.zeros(0)  # stands for pictures to come
-    _check_early(names, Shots(blank, None if reference is None else blank, prompts, real, extractor))
+    check_early(names, Shots(blank, None if reference is None else blank, prompts, real, extractor))
     draw = {
         "steps": steps,
         "guidance": guidance,
@@ -80,7 +90,13 @@ def evaluate(
     } | options
 
     def shoot(source: Any, what: str) -> Tensor:
-        return as_images(source, f"the {what}'s pictures") if drawn[what] else generate(source, prompts, **draw)
+        if drawn[what]:
+            return as_images(source, f"the {what}'s pictures")
+        return (
+            generate(source, prompts, **draw)
+            if resume is None
+            else generate_into(Path(resume) / what, source, prompts, **draw)
+        )
 
     pictures = shoot(pipe, "pipe")
     if prompts is not None and len(prompts) != len(pictures):
@@ -90,38 +106,8 @@ def evaluate(
         same_shape(pictures, theirs)
     real = real if real is None or isinstance(real, (str, Path)) else as_images(real, "real pictures")
     shots = Shots(pictures, theirs, prompts, real, extractor, batch_size, _device(pipe))
-    return _score(shots, names, seed, {"steps": steps, "guidance": guidance, "seed": seed})
-
-
-def _score(shots: Shots, names: Sequence[str], seed: int, settings: Mapping[str, Any]) -> Scores:
-    rows, per_prompt = [], {}
-    for name in names:
-        found = registry[name](shots)
-        rows.append(_row(name, found, len(shots.pictures), seed))
-        if found.per_prompt is not None:
-            per_prompt[name] = tuple(found.per_prompt.tolist())
-    return Scores(tuple(rows), per_prompt, tuple(shots.prompts or ()), dict(settings))
-
-
-def _row(name: str, found: Measured, n: int, seed: int) -> Score:
-    value, low, high = found.value, found.low, found.high
-    if found.per_prompt is not None:
-        mean = bootstrap_mean(found.per_prompt, seed=seed)
-        value, low, high = mean.mean, mean.low, mean.high
-    network = found.extractor
-    return Score(
-        metric=name,
-        label=found.label,
-        value=value,
-        low=low,
-        high=high,
-        n=n,
-        unit=found.unit,
-        better=found.better,
-        extractor=network.name if network is not None else None,
-        digest=network.digest if network is not None else None,
-        note=found.note,
-    )
+    settings = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size}
+    return collect(measure(registry, names, shots), len(pictures), shots.prompts or (), settings, seed)
 
 
 def _known(names: Sequence[str]) -> tuple[str, ...]:
@@ -145,19 +131,6 @@ def _prompts(pipe: Any, prompts: Sequence[str] | None, drawn: bool) -> list[str]
 
         return demo_prompts("held_out")
     raise ValueError("prompts wanted: pass prompts=[...], at least a few dozen for an interval that says something")
-
-
-def _check_early(names: Sequence[str], shots: Shots) -> None:
-    """Asks every question that needs no picture: drawing takes long, and a late error is a waste."""
-    for name in names:
-        if name in ("psnr", "ssim", "sqnr", "lpips"):
-            shots.need_reference(name)
-        if name in ("fid", "kid"):
-            shots.need_set(name)
-        if name == "clip":
-            shots.need_prompts(name)
-        if name in ("lpips", "fid", "kid", "clip"):
-            shots.choose(name)
 
 
 def _device(pipe: Any) -> str:

@@ -12,7 +12,8 @@ An extractor is one file with one class, registered here:
     missing(path)               None if its weights are present, else where to put them
     __init__(path, device)      loads
     digest                      first 12 hex digits of the SHA-256 of its weights
-    features | distance | embed_images, embed_texts       by metric: fid and kid | lpips | clip
+    features | logits | distance | maps | embed_images, embed_texts | judge
+                                by metric: fid, kid | is | lpips | dists | clip, clip_iqa | image_reward, hpsv2
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ def find_extractor(metric: str, wanted: Any = "auto") -> Any:
         present = [name for name in (*usual, *small) if serving[name].missing(None) is None]
         wanted = present[0] if present else (*small, *usual)[0]
     elif wanted in ("real", "small"):
-        wanted = (usual if wanted == "real" else small)[0]
+        fitting = usual if wanted == "real" else small
+        if not fitting:
+            raise MissingWeights(f"no {wanted} network serves {metric}; these do: {', '.join(serving)}")
+        wanted = fitting[0]
     name, _, path = wanted.partition(":")
     if name not in serving:
         line = unknown(f"feature extractor for {metric!r}", name, {*serving, "auto", "real", "small"})
@@ -97,7 +101,12 @@ def find_extractor(metric: str, wanted: Any = "auto") -> Any:
     reason = serving[name].missing(path or None)
     if reason is not None:
         others = [other for other in small if other != name and serving[other].missing(None) is None]
-        use = f'; or use extractor={{"{metric}": "{others[0]}"}}, a small network with its own scale' if others else ""
+        use = (
+            f'; or use extractor={{"{metric}": "{others[0]}"}} (--extractor {metric}={others[0]} on the command line), '
+            "a small network with its own scale"
+            if others
+            else f"; no other network serves {metric}, so leave it out or provide this one"
+        )
         raise MissingWeights(f"{name}: {reason}{use}")
     return Choice(serving[name], path or None)
 

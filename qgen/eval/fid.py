@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qgen.eval.metrics import Measured, Shots, metrics
+from qgen.eval.metrics import Measured, Shots, metrics, needs
 
 __all__ = ["frechet_distance"]
 
@@ -43,14 +43,15 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 @metrics.register("fid")
+@needs("set", "network")
 def score_fid(shots: Shots) -> Measured:
     extractor = shots.extractor_for("fid")
     mine, theirs, against = shots.feature_pair(extractor, "fid")
     value = frechet_distance(mine, theirs)
     n, K = min(len(mine), len(theirs)), mine.shape[1]
-    return Measured(
-        extractor.labels["fid"], "", "lower", value=value, extractor=extractor, note="; ".join([against, *few(n, K)])
-    )
+    label, why = extractor.labels["fid"], few(n, K)
+    note = "; ".join([against, *why])
+    return Measured(label, "", "lower", value, extractor=extractor, note=note, flagged=bool(why))
 
 
 def few(n: int, K: int) -> list[str]:

@@ -23,7 +23,7 @@ __all__ = ["generate", "seed_of"]
 
 def seed_of(prompt: str, seed: int = 0) -> int:
     """A seed in [0, 2⁶³) that depends on both arguments alone."""
-    digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{prompt}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -48,24 +48,32 @@ def generate(
 
     Raises ValueError for no prompts or for arguments that the pipeline does not take.
     """
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"a list of prompts wanted, found {prompts!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    prompts = checked(prompts, batch_size)
     if dtype not in (torch.float32, torch.uint8):
         raise ValueError(f"dtype must be torch.float32 or torch.uint8, found {dtype}")
     asked = {"num_inference_steps": steps, "guidance_scale": guidance} | options
     asked = {name: value for name, value in asked.items() if value is not None}
     _check_call(pipe, asked)
     parts = []
-    with _quiet(pipe), _bar(len(prompts), progress) as bar:
+    with _quiet(pipe), progress_bar(len(prompts), progress) as bar:
         for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
+            batch = prompts[start : start + batch_size]
             noise = [torch.Generator("cpu").manual_seed(seed_of(prompt, seed)) for prompt in batch]
             result = pipe(prompt=batch, generator=noise, output_type="np", **asked)
             parts.append(_as(dtype, as_images(_images_of(result, pipe), "the pipeline's pictures")))
             bar.update(len(batch))
     return torch.cat(parts)
+
+
+def checked(prompts: Sequence[str], batch_size: int) -> list[str]:
+    """The prompts as a list of strings; ValueError for none, for one string, for other things, or a batch size below 1."""
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"a list of prompts wanted, found {str(prompts)[:80]!r}")
+    if wrong := next((p for p in prompts if not isinstance(p, str)), None):
+        raise ValueError(f"prompts are strings, found {type(wrong).__name__} among them")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    return list(prompts)
 
 
 def _check_call(pipe: Any, asked: dict[str, Any]) -> None:
@@ -104,7 +112,8 @@ def _quiet(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
-def _bar(total: int, progress: bool) -> Any:
+def progress_bar(total: int, progress: bool) -> Any:
+    """A bar that counts pictures, on stderr."""
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc="drawing", unit="picture", disable=not progress)

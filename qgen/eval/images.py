@@ -60,21 +60,39 @@ def batches(pictures: Tensor | Sequence[Tensor], size: int) -> Iterator[Tensor]:
 def load_folder(folder: str | Path) -> list[Tensor]:
     """Returns the pictures of a folder in the order of their names, each float32 (H, W, 3) in [0, 1]; sizes may differ.
 
-    Transparent pictures are laid on white. Raises ValueError if the folder has none.
+    Files that are no pictures by name are passed over; transparent pictures are laid on white. Raises ValueError if the
+    folder has no picture or cannot be read, and `BadData` for a file that is called a picture and is none.
     """
-    from PIL import Image
+    return [_opened(path) for path in picture_paths(folder)]
 
+
+def picture_paths(folder: str | Path) -> list[Path]:
+    """The picture files of a folder by name; ValueError if there are none or the folder cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"a folder of pictures wanted, found no folder {folder}")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+    try:
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror or error}; see to its permissions") from error
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
-    pictures = []
-    for path in paths:
+    return paths
+
+
+def _opened(path: Path) -> Tensor:
+    from PIL import Image
+
+    try:
         with Image.open(path) as image:
-            pictures.append(_one(image, str(path)))
-    return pictures
+            return _one(image, str(path))
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; see to its permissions") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's word for a broken PNG
+        reason = str(error).splitlines()[0][:200]
+        raise BadData(
+            f"{path} is called a picture and is none, or is broken: {reason}; remove or replace it"
+        ) from error
 
 
 def _one(picture: Any, what: str) -> Tensor:

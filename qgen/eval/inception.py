@@ -23,10 +23,10 @@ FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 @extractors.register("inception")
 class InceptionV3:
-    """Pooled features (B, 2048)."""
+    """Pooled features (B, 2048), and class scores for the Inception Score."""
 
     name = "InceptionV3 (torch-fidelity)"
-    labels = {"fid": "FID", "kid": "KID"}  # noqa: RUF012
+    labels = {"fid": "FID", "kid": "KID", "is": "IS"}  # noqa: RUF012
     usual = True
 
     def __init__(self, path: str | None = None, device: str = "cpu"):
@@ -55,6 +55,12 @@ class InceptionV3:
         """(B, H, W, 3) in [0, 1] to (B, 2048); rounded to 8 bits and resized to 299 x 299 as FID is defined."""
         x = (pictures.movedim(-1, 1) * 255).round().to(torch.uint8).to(self.device)
         return self.network(x).reshape(len(x), -1)
+
+    @torch.inference_mode()
+    def logits(self, pictures: Tensor) -> Tensor:
+        """(B, H, W, 3) in [0, 1] to (B, 1008) class scores without the last layer's bias, as the Inception Score is
+        computed everywhere."""
+        return self.features(pictures) @ self.network.fc.weight.T
 
 
 def _weights_file(path: str | None) -> Path:

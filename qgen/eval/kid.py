@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qgen.eval.bootstrap import Interval
-from qgen.eval.metrics import Measured, Shots, metrics
+from qgen.eval.metrics import Measured, Shots, metrics, needs
 
 __all__ = ["kernel_distance"]
 
@@ -39,6 +39,7 @@ def kernel_distance(x: Tensor, y: Tensor) -> Interval:
 
 
 @metrics.register("kid")
+@needs("set", "network")
 def score_kid(shots: Shots) -> Measured:
     extractor = shots.extractor_for("kid")
     mine, theirs, against = shots.feature_pair(extractor, "kid")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qgen.eval.images import batches
-from qgen.eval.metrics import Measured, Shots, metrics, same_shape
+from qgen.eval.metrics import Measured, Shots, metrics, needs, same_shape
 
 __all__ = ["lpips", "perceptual_distance"]
 
@@ -45,6 +45,7 @@ def lpips(pictures: Tensor, reference: Tensor, extractor, batch_size: int = 16) 
 
 
 @metrics.register("lpips")
+@needs("reference", "network")
 def score_lpips(shots: Shots) -> Measured:
     reference = shots.need_reference("lpips")
     extractor = shots.extractor_for("lpips")

@@ -91,7 +91,7 @@ class VggLpips(_Lpips):
     """The backbone usual in training losses; another scale than AlexNet's."""
 
     name, net, fitted, file = "VGG16 (LPIPS)", "vgg16", "vgg", "vgg16-397923af.pth"
-    labels = {"lpips": "LPIPS-VGG"}  # noqa: RUF012
+    labels = {"lpips": "LPIPS-VGG", "dists": "DISTS-like (VGG16, uniform)"}  # noqa: RUF012
     depths = (3, 8, 15, 22, 29)
 
 

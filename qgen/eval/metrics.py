@@ -1,7 +1,8 @@
 """What a metric is: a function from `Shots` to `Measured`, registered under the name that `evaluate(metrics=…)` uses.
 
 A new metric is one file in this folder with one decorated function. `Shots` holds the pictures of one comparison and
-hands out networks and features, each computed once however many metrics ask for it.
+hands out networks and features, each computed once however many metrics ask for it. `@needs("reference", "network")`
+says what a metric cannot do without, so that its lack is an error before hours of drawing and not after.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from qgen.eval.extractors import Choice, find_extractor, load_features
 from qgen.eval.images import batches, load_folder
 from qgen.registry import Registry
 
-__all__ = ["Measured", "Shots", "metrics", "same_shape"]
+__all__ = ["Measured", "Shots", "metrics", "needs", "same_shape"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one metric found: a value per prompt, or one value for the whole set with its interval if it has one."""
+    """What one metric found: a value per prompt, or one value for the whole set with its interval if it has one.
+
+    Metrics that judge each picture by itself also say what the reference's pictures get, in reference_per_prompt (or
+    reference_value): the paired difference is then computed from both. flagged: too few samples to be trusted.
+    """
 
     label: str
     unit: str
@@ -34,6 +39,9 @@ class Measured:
     per_prompt: Tensor | None = None
     extractor: Any = None
     note: str = ""
+    reference_value: float | None = None
+    reference_per_prompt: Tensor | None = None
+    flagged: bool = False
 
 
 @dataclass
@@ -95,6 +103,10 @@ class Shots:
             self._loaded[choice] = choice.load(self.device)
         return self._loaded[choice]
 
+    def on_both(self, judge: Callable[[Tensor], Any]) -> tuple[Any, Any]:
+        """judge(pictures), and judge(the reference's pictures) or None without a reference."""
+        return judge(self.pictures), None if self.reference is None else judge(self.reference)
+
     def feature_pair(self, extractor: Any, metric: str) -> tuple[Tensor, Tensor, str]:
         """Features of the pictures (n, K), of what they are compared with (m, K), and words that say what that was."""
         self.need_set(metric)
@@ -118,6 +130,29 @@ class Shots:
 
 
 metrics: Registry[Callable[[Shots], Measured]] = Registry("metric", "qgen.eval")
+
+
+def needs(*what: str) -> Callable[[Any], Any]:
+    """Decorator: this metric needs "reference", "prompts", "set" (a reference or real pictures) or "network"."""
+
+    def mark(function: Any) -> Any:
+        function.needs = what
+        return function
+
+    return mark
+
+
+def check_early(names: Sequence[str], shots: Shots) -> None:
+    """Asks every question that needs no picture: drawing takes long, and a late error is a waste."""
+    ask = {
+        "reference": shots.need_reference,
+        "prompts": shots.need_prompts,
+        "set": shots.need_set,
+        "network": shots.choose,
+    }
+    for name in names:
+        for what in getattr(metrics[name], "needs", ()):
+            ask[what](name)
 
 
 def same_shape(pictures: Tensor, reference: Tensor) -> None:

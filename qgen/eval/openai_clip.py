@@ -24,7 +24,7 @@ MODEL = "openai/clip-vit-large-patch14"  # torchmetrics' default as well
 class Clip:
     """Embeddings (B, K) of pictures and of prompts."""
 
-    labels = {"clip": "CLIPScore"}  # noqa: RUF012
+    labels = {"clip": "CLIPScore", "clip_iqa": "CLIP-IQA"}  # noqa: RUF012
     usual = True
 
     def __init__(self, path: str | None = None, device: str = "cpu"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qgen.eval.metrics import Measured, Shots, metrics, same_shape
+from qgen.eval.metrics import Measured, Shots, metrics, needs, same_shape
 
 __all__ = ["psnr"]
 
@@ -28,5 +28,6 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
 
 
 @metrics.register("psnr")
+@needs("reference")
 def score_psnr(shots: Shots) -> Measured:
     return Measured("PSNR", "dB", "higher", per_prompt=psnr(shots.pictures, shots.need_reference("psnr")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from qgen.errors import unknown
@@ -20,7 +20,11 @@ __all__ = ["Score", "Scores"]
 @dataclass(frozen=True)
 class Score:
     """One row. low and high are the 95 % interval, None where there is none; extractor and digest name the network
-    and its weights."""
+    and its weights.
+
+    reference is what the 16-bit model's own samples get, for metrics that judge each by itself; difference is the mean
+    of value - reference over pairs, with its paired interval. flagged: too few samples, the note says what to read.
+    """
 
     metric: str
     label: str
@@ -33,6 +37,11 @@ class Score:
     extractor: str | None = None
     digest: str | None = None
     note: str = ""
+    reference: float | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    flagged: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,25 @@ class Scores:
             raise ValueError(f"{metric!r} has no values per prompt on both sides; these have: {', '.join(known)}")
         if self.prompts != other.prompts:
             raise ValueError("the two were measured on different prompts, so their values are no pairs")
-        if (mine := self[metric].digest) != (theirs := other[metric].digest):
-            raise ValueError(f"{metric!r} was measured by different networks: {mine} and {theirs}")
+        same_network(self[metric], other[metric])
         return bootstrap_difference(self.per_prompt[metric], other.per_prompt[metric], seed=seed)
 
     def table(self) -> str:
-        """Plain text, one line per row; ↑ and ↓ say which direction is better."""
-        head = ("metric", "value", "95 % interval", "n", "network", "note")
+        """Plain text, one line per row; ↑ and ↓ say which direction is better, brackets that there are too few samples."""
+        head: tuple[str, ...] = (
+            "metric",
+            "value",
+            "95 % interval",
+            "reference",
+            "paired difference",
+            "n",
+            "network",
+            "note",
+        )
         lines = [head, *(_cells(row) for row in self.rows)]
+        kept = [i for i in range(len(head)) if i not in (3, 4) or any(line[i] for line in lines[1:])]
+        lines = [tuple(line[i] for i in kept) for line in lines]
+        head = lines[0]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         rule = tuple("-" * width for width in widths)
         padded = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in (head, rule, *lines[1:]))
@@ -90,16 +110,27 @@ class Scores:
         for row in data["rows"]:
             _check_fields(Score, row)
         rows = tuple(
-            Score(**{name: _number(v) if name in ("value", "low", "high") else v for name, v in row.items()})
-            for row in data["rows"]
+            Score(**{name: _number(v) if name in _NUMBERS else v for name, v in row.items()}) for row in data["rows"]
         )
         values = {metric: tuple(_number(v) for v in found) for metric, found in data["per_prompt"].items()}
         return cls(rows, values, tuple(data["prompts"]), data["settings"])
 
 
+def same_network(a: Score, b: Score) -> None:
+    """Raises ValueError if two rows of one metric come from different networks: their numbers have different scales."""
+    mine, theirs = (a.label, a.extractor, a.digest), (b.label, b.extractor, b.digest)
+    if mine != theirs:
+        one, other = (f"{label} by {name or 'no network'} ({digest})" for label, name, digest in (mine, theirs))
+        raise ValueError(f"{a.metric!r} was measured by different networks and cannot be compared: {one}, and {other}")
+
+
+_NUMBERS = ("value", "low", "high", "reference", "difference", "difference_low", "difference_high")
+
+
 def _check_fields(kind: type, data: Any) -> None:
     known = {f.name for f in fields(kind)}
-    if not isinstance(data, dict) or set(data) != known:
+    wanted = {f.name for f in fields(kind) if kind is Scores or f.default is MISSING}  # rows of older files lack some
+    if not isinstance(data, dict) or not wanted <= set(data) <= known:
         found = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{kind.__name__} has the fields {sorted(known)}, found {found}")
 
@@ -107,9 +138,15 @@ def _check_fields(kind: type, data: Any) -> None:
 def _cells(row: Score) -> tuple[str, ...]:
     arrow = "↑" if row.better == "higher" else "↓"
     label = f"{row.label} {arrow}" + (f" ({row.unit})" if row.unit else "")
-    interval = "" if row.low is None or row.high is None else f"[{_short(row.low)}, {_short(row.high)}]"
     network = f"{row.extractor} {row.digest}" if row.extractor else ""
-    return label, _short(row.value), interval, str(row.n), network, row.note
+    value = f"({_short(row.value)})" if row.flagged else _short(row.value)
+    reference = "" if row.reference is None else _short(row.reference)
+    change = "" if row.difference is None else f"{row.difference:+.3g} {_span(row.difference_low, row.difference_high)}"
+    return label, value, _span(row.low, row.high), reference, change.strip(), str(row.n), network, row.note
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"[{_short(low)}, {_short(high)}]"
 
 
 def _short(x: float) -> str:

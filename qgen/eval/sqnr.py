@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from qgen.eval.metrics import Measured, Shots, metrics
+from qgen.eval.metrics import Measured, Shots, metrics, needs
 
 __all__ = ["sqnr_db"]
 
@@ -33,6 +33,7 @@ def sqnr_db(reference: Tensor, quantized: Tensor) -> float:
 
 
 @metrics.register("sqnr")
+@needs("reference")
 def score_sqnr(shots: Shots) -> Measured:
     """Per prompt, over the picture's values in [0, 1]."""
     pairs = zip(shots.need_reference("sqnr"), shots.pictures, strict=True)

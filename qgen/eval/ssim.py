@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qgen.eval.images import batches
-from qgen.eval.metrics import Measured, Shots, metrics, same_shape
+from qgen.eval.metrics import Measured, Shots, metrics, needs, same_shape
 
 __all__ = ["ssim"]
 
@@ -30,14 +30,17 @@ def ssim(pictures: Tensor, reference: Tensor, batch_size: int = 16) -> Tensor:
     pairs = zip(batches(pictures, batch_size), batches(reference, batch_size), strict=True)
     measure = structural_similarity_index_measure
     values = [
-        # One picture comes back without its batch axis.
-        measure(x.movedim(-1, 1), y.movedim(-1, 1), data_range=1.0, sigma=1.5, reduction="none").reshape(len(x))
+        # In float64, since variances of flat areas are small differences. One picture comes back without its batch axis.
+        measure(
+            x.movedim(-1, 1).double(), y.movedim(-1, 1).double(), data_range=1.0, sigma=1.5, reduction="none"
+        ).reshape(len(x))
         for x, y in pairs
     ]
-    return torch.cat(values)
+    return torch.cat(values).float()
 
 
 @metrics.register("ssim")
+@needs("reference")
 def score_ssim(shots: Shots) -> Measured:
     values = ssim(shots.pictures, shots.need_reference("ssim"), shots.batch_size)
     return Measured("SSIM", "", "higher", per_prompt=values)

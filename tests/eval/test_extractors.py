@@ -17,13 +17,14 @@ from qgen.eval.extractors import (
 def test_every_network_is_complete():
     assert set(extractors) >= {"inception", "clip", "lpips_alex", "efficientnet_lite0", "cliplite"}
     for _, kind in extractors.items():
-        assert set(kind.labels) <= {"fid", "kid", "lpips", "clip"}
-        methods = {"fid": "features", "kid": "features", "lpips": "distance", "clip": "embed_texts"}
+        methods = {"fid": "features", "kid": "features", "lpips": "distance", "clip": "embed_texts", "is": "logits"}
+        methods |= {"dists": "maps", "clip_iqa": "embed_images", "image_reward": "judge", "hpsv2": "judge"}
+        assert set(kind.labels) <= set(methods)
         assert all(callable(getattr(kind, methods[metric])) for metric in kind.labels)
 
 
 def test_only_the_usual_networks_carry_the_usual_names():
-    usual = {"FID", "KID", "LPIPS", "CLIPScore"}
+    usual = {"FID", "KID", "IS", "LPIPS", "CLIPScore", "CLIP-IQA", "ImageReward", "HPSv2.1"}
     for name, kind in extractors.items():
         found = set(kind.labels.values()) & usual
         assert not found or kind.usual, name
