@@ -19,6 +19,7 @@ from qgen.cli.export import export
 from qgen.cli.inspect import inspect
 from qgen.cli.quantize import quantize
 from qgen.cli.recipes import recipes
+from qgen.cli.web import web
 
 
 class Group(TyperGroup):
@@ -50,7 +51,7 @@ app = typer.Typer(
     add_completion=False,
     help="Turns a 16-bit vision generator into a 4-bit one. Start with `qgen demo`.",
 )
-for command in (demo, quantize, convert, export, evaluate, inspect, recipes, doctor):
+for command in (demo, quantize, convert, export, evaluate, inspect, recipes, doctor, web):
     app.command("eval" if command is evaluate else command.__name__)(command)
 
 
