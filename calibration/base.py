@@ -25,12 +25,16 @@ class Moment:
     """Where in sampling a call was made.
 
     sample: number of the prompt (or batch of prompts). step: index of the denoiser call within its run. t: the scheduler's timestep,
-    as the denoiser got it (None if it takes none). held: whether the call is held out from fitting.
+    as the denoiser got it (None if it takes none). log_snr: natural
+    logarithm of the signal-to-noise ratio there, if the scheduler tells. branch: "uncond" or "cond" where the two halves of guidance were
+    kept apart. held: whether the call is held out from fitting.
     """
 
     sample: int = 0
     step: int = 0
     t: float | None = None
+    log_snr: float | None = None
+    branch: str = ""
     held: bool = False
 
 

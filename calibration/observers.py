@@ -124,17 +124,18 @@ class Reservoir:
 
     def __init__(self, rows: int, seed: int = 0, itemsize: int = 4):
         self.rows, self.seed, self.itemsize = rows, seed, itemsize
-        self._kept: dict[bool, tuple[Tensor, Tensor] | None] = {False: None, True: None}
+        self._kept: dict[bool, tuple[Tensor, Tensor, Tensor] | None] = {False: None, True: None}
 
     def update(self, x: Tensor, moment: Moment) -> None:
-        word = hashlib.sha256(f"{self.seed}/{moment.sample}/{moment.step}".encode()).digest()
+        word = hashlib.sha256(f"{self.seed}/{moment.sample}/{moment.step}{moment.branch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
         keys = torch.rand(len(x), generator=generator, dtype=torch.float64)  # 53 bits: no two rows share a key
         limit = self._limit(moment.held)
         if len(x) > limit:
             keys, index = keys.topk(limit, largest=False)
             x = x[index.to(x.device)]
-        self._add(moment.held, keys, x.detach().clone() if len(keys) == len(x) else x.detach())
+        t = torch.full_like(keys, torch.nan if moment.t is None else moment.t)
+        self._add(moment.held, keys, x.detach().clone() if len(keys) == len(x) else x.detach(), t)
 
     def merge(self, other: "Reservoir") -> None:
         for held, kept in other._kept.items():
@@ -144,13 +145,13 @@ class Reservoir:
     def _limit(self, held: bool) -> int:
         return max(1, self.rows // 4) if held else self.rows
 
-    def _add(self, held: bool, keys: Tensor, x: Tensor) -> None:
+    def _add(self, held: bool, keys: Tensor, x: Tensor, t: Tensor) -> None:
         if (kept := self._kept[held]) is not None:
-            keys, x = torch.cat([kept[0], keys]), torch.cat([kept[1], x])
+            keys, x, t = (torch.cat(pair) for pair in zip(kept, (keys, x, t), strict=True))
         if len(keys) > self._limit(held):
             keys, index = keys.topk(self._limit(held), largest=False)
-            x = x[index.to(x.device)]
-        self._kept[held] = (keys, x)
+            x, t = x[index.to(x.device)], t[index]
+        self._kept[held] = (keys, x, t)
 
     @property
     def empty(self) -> bool:
@@ -162,5 +163,10 @@ class Reservoir:
         kept = self._kept[held]
         return None if kept is None else kept[1][kept[0].argsort().to(kept[1].device)].float()
 
+    def times(self, held: bool = False) -> Tensor | None:
+        """Timesteps (M,) float32 of the rows of `result`, NaN where a call had none; or None if no rows were seen."""
+        kept = self._kept[held]
+        return None if kept is None else kept[2][kept[0].argsort()].float()
+
     def nbytes(self, k: int) -> int:
-        return int(self.rows * 1.25) * (self.itemsize * k + 8)
+        return int(self.rows * 1.25) * (self.itemsize * k + 16)

@@ -10,16 +10,18 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qgen.calibration.base import CalibrationSet, Call, Moment, _map, calibrators
 from qgen.calibration.prompts import PROMPTS
+from qgen.calibration.timeline import log_snr, unit_of
 from qgen.errors import BadCheckpoint
+from qgen.nn.clock import timestep_of
 
 _VERSION = 1
 
@@ -31,12 +33,20 @@ class Recorder:
 
     prompts: None = the pipeline's own `calibration_prompts` or a built-in set. samples: at most so many prompts. steps: calls kept per
     prompt and denoiser. batch: prompts per run; 0 = 16 for denoisers below 100 M parameters, else 1. held: share of prompts held out.
+    branches: keep the halves of classifier-free guidance, which come as one batch, as calls of their own.
     """
 
     samples: int = 128
     steps: int = 8
     batch: int = 0
     held: float = 0.2
+    branches: bool = False
+    outputs: ClassVar[bool] = False  # whether `pick` reads the denoiser's outputs
+
+    def pick(self, run: Sequence[Call], count: int, sample: int) -> list[int]:
+        """Which calls of one run to keep: ascending indices. Here evenly spread, with an offset that moves from run to run."""
+        offset = (sample * 0.618034) % 1.0  # golden ratio: over many prompts every step is seen
+        return sorted({int((i + offset) * len(run) / count) for i in range(count)})
 
     def calls(
         self,
@@ -62,13 +72,15 @@ class Recorder:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)[: self.samples]
         batch = self.batch or (16 if sum(p.numel() for d in denoisers.values() for p in d.parameters()) < 1e8 else 1)
         runs = [prompts[i : i + batch] for i in range(0, len(prompts), batch)] if takes_prompt else [None]
-        tapes = {name: _Tape(self.steps) for name in denoisers}
+        tapes = {name: _Tape(self, getattr(pipe, "scheduler", None)) for name in denoisers}
         hooks = [d.register_forward_pre_hook(tapes[name].listen, with_kwargs=True) for name, d in denoisers.items()]
+        if self.outputs:
+            hooks += [d.register_forward_hook(tapes[name].answer) for name, d in denoisers.items()]
         try:
             for sample, run in enumerate(progress(runs, desc="record", total=len(runs))):
                 self._run(pipe, run, call_kwargs or {}, seed + sample)
                 for tape in tapes.values():
-                    tape.rewind(sample)
+                    tape.rewind(sample, len(run) if run else 0)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -94,15 +106,22 @@ class Recorder:
 
 
 class _Tape:
-    """Keeps the calls of one run, then picks `steps` of them, evenly spread with an offset that moves from run to run."""
+    """Keeps the calls of one run, then those that the recorder picks."""
 
-    def __init__(self, steps: int):
-        self.steps, self.run, self.calls = steps, [], []
+    def __init__(self, recorder: Recorder, scheduler: Any = None):
+        self.recorder, self.scheduler = recorder, scheduler
+        self.run: list[Call] = []
+        self.calls: list[Call] = []
         self.store: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def listen(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         moment = Moment(step=len(self.run), t=_timestep(module, args, kwargs))
         self.run.append(Call(_map(args, self._keep), _map(kwargs, self._keep), moment))
+
+    def answer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        while not isinstance(output, Tensor):
+            output = output[0] if not isinstance(output, dict) else next(iter(output.values()))
+        self.run[-1] = replace(self.run[-1], output=output.detach().to("cpu", copy=True))
 
     def _keep(self, t: Tensor) -> Tensor:
         """A CPU copy; the same tensor object (text embeddings, positions) is copied once per run, unless it was written to."""
@@ -112,28 +131,43 @@ class _Tape:
             self.store[id(t)] = known = (t, version, t.detach().to("cpu", copy=True))
         return known[2]
 
-    def rewind(self, sample: int) -> None:
-        n = len(self.run)
-        count = min(self.steps, n)
-        offset = (sample * 0.618034) % 1.0  # golden ratio: over many prompts every step is seen
-        picks = sorted({int((i + offset) * n / count) for i in range(count)}) if n else []
-        for i in picks:
-            call = self.run[i]
-            self.calls.append(Call(call.args, call.kwargs, Moment(sample, call.moment.step, call.moment.t)))
+    def rewind(self, sample: int, batch: int = 0) -> None:
+        """Ends the run of a sample, in which `batch` prompts were drawn (0 = unknown)."""
+        unit = unit_of(call.moment.t for call in self.run)
+        run = []
+        for call in self.run:
+            t = call.moment.t
+            snr = None if t is None else log_snr(self.scheduler, t, unit)
+            run.append(replace(call, moment=replace(call.moment, sample=sample, log_snr=snr)))
+        for i in self.recorder.pick(run, min(self.recorder.steps, len(run)), sample) if run else ():
+            kept = replace(run[i], output=None)  # outputs were there to choose by
+            self.calls += split_branches(kept, batch) if self.recorder.branches else [kept]
         self.run, self.store = [], {}
 
 
 def _timestep(module: nn.Module, args: tuple, kwargs: dict) -> float | None:
-    """The argument called timestep, t, sigma or sigmas, as a float (its first element if it is a batch)."""
-    names = list(inspect.signature(module.forward).parameters)
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    for name in ("timestep", "timesteps", "t", "sigma", "sigmas"):
-        value = bound.get(name)
-        if isinstance(value, Tensor) and value.numel():
-            return float(value.reshape(-1)[0])
-        if isinstance(value, (int, float)):
-            return float(value)
-    return None
+    """The timestep that a call gives its denoiser, as a float (the first sample's if it is a batch)."""
+    t = timestep_of(module, args, kwargs)
+    return None if t is None else float(t[0])
+
+
+def split_branches(call: Call, batch: int) -> list[Call]:
+    """The two halves, unconditional and conditional, of a call that holds both for `batch` prompts; [call] for any other call.
+
+    Both are, as in diffusers, stacked along the first axis: what has 2 · batch rows is cut in two, what has not is shared.
+    """
+    sizes = {t.shape[0] for _, t in call.tensors() if t.ndim}
+    if not batch or 2 * batch not in sizes:
+        return [call]
+
+    def half(number: int) -> Callable[[Tensor], Tensor]:
+        whole = lambda t: not t.ndim or t.shape[0] != 2 * batch  # noqa: E731
+        return lambda t: t if whole(t) else t[number * batch : (number + 1) * batch].clone()
+
+    return [
+        Call(_map(call.args, half(i)), _map(call.kwargs, half(i)), replace(call.moment, branch=branch))
+        for i, branch in enumerate(("uncond", "cond"))
+    ]
 
 
 class _quiet:

@@ -1,0 +1,129 @@
+r"""Clock: where sampling is, read off the denoiser's own timestep, and what timed layers make of it.
+
+    y = s_b · op((x + c_b) / s_b) + d_b,     b = the bin of the sample's timestep
+
+c (T, K) is added to the input, s (T,) is the step of static activation scales, d (T, N) the bias: exact for any kernel, as all of `op` but
+the rounding is linear. The tables have one row per bin and a last one for "no timestep". A bin is found by comparing the timestep, per
+sample, with the layer's edges: never by counting calls, so that another scheduler, fewer steps, or samples at different timesteps in one
+batch are right; timesteps beyond those that were calibrated belong to the first or last bin. All of it is index_select and arithmetic on
+tensors: one compiled graph for all steps.
+Ranges per timestep: TFMQ-DM, Huang et al., 2023, https://arxiv.org/abs/2311.16503.
+"""
+
+__all__ = ["NAMES", "TIMED", "Clock", "apply", "stop", "timestep_of", "wind"]
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("qgen")
+
+NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas")  # what denoisers call it
+TIMED = ("t_edges", "t_shift", "t_scale", "t_bias")  # slots of a layer, beside those of its op
+
+
+class Clock:
+    """The timesteps of a denoiser's current call, one float32 for each sample, or None where the call gave none.
+
+    `listen` is a forward pre-hook of the denoiser; its layers hold the clock and read `t`.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.t: Tensor | None = None
+        self.places = [(i, n) for i, n in enumerate(inspect.signature(module.forward).parameters) if n in NAMES]
+        self.told = False
+        self.hook = module.register_forward_pre_hook(self.listen, with_kwargs=True)
+
+    def listen(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.t = _per_sample(_find(self.places, args, kwargs))
+
+
+def timestep_of(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+    """The timesteps (B,) float32 that a call gives a denoiser by one of `NAMES`, or None.
+
+    Where tokens of a sample differ in their timestep, the sample has the noisiest one.
+    """
+    places = [(i, n) for i, n in enumerate(inspect.signature(module.forward).parameters) if n in NAMES]
+    return _per_sample(_find(places, args, kwargs))
+
+
+def _find(places: list[tuple[int, str]], args: tuple, kwargs: dict) -> Any:
+    for index, name in places:
+        value = kwargs.get(name, args[index] if index < len(args) else None)
+        if isinstance(value, (Tensor, int, float)):
+            return value
+    return next((kwargs[n] for n in NAMES if isinstance(kwargs.get(n), Tensor)), None)
+
+
+def _per_sample(value: Any) -> Tensor | None:
+    if value is None or (isinstance(value, Tensor) and not value.numel()):
+        return None
+    t = torch.as_tensor(value).float()
+    return t.reshape(1) if t.ndim == 0 else t if t.ndim == 1 else t.flatten(1).amax(1)
+
+
+def apply(layer: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run(x)` of a packed layer with its timed tables around it; x (B, …, K), or (B, C, H, W) for a convolution."""
+    conv = hasattr(layer, "kernel_size")
+    bins = _bins(layer, x)
+
+    def rows(table: Tensor | None, like: Tensor) -> Tensor | None:
+        if table is None:
+            return None
+        found = table.index_select(0, bins).to(like.dtype).reshape(len(bins), -1)  # (B, K), (B, N) or (B, 1)
+        if len(bins) not in (1, len(like)):
+            found = found.repeat_interleave(len(like) // len(bins), 0)
+        return (
+            found[(..., *[None] * (like.ndim - 2))]
+            if conv
+            else found.reshape(len(found), *[1] * (like.ndim - 2), found.shape[1])
+        )
+
+    shift, scale = rows(layer.t_shift, x), rows(layer.t_scale, x)
+    if shift is not None:
+        x = x + shift
+    y = run(x) if scale is None else run(x / scale) * scale
+    bias = rows(layer.t_bias, y)
+    y = y if bias is None else y + bias
+    if layer.fused_from is not None and shift is not None:  # what a LoRA, which is meant for x, made of c_b
+        y = y - rows(layer.fused_on_shift(), y)
+    return y
+
+
+def _bins(layer: Any, x: Tensor) -> Tensor:
+    """Rows of the layer's tables for the samples of x: (B,), or (1,) where one serves all."""
+    count = next(len(t) for t in (layer.t_shift, layer.t_scale, layer.t_bias) if t is not None)
+    clock = layer.clock
+    if layer.t_edges is None or clock is None or clock.t is None:
+        if layer.t_edges is not None and clock is not None and not clock.told and not torch.compiler.is_compiling():
+            clock.told = True
+            log.warning("the denoiser was called without a timestep: its layers use what fits all timesteps alike")
+        return torch.full((1,), count - 1, dtype=torch.int64, device=x.device)
+    t = clock.t.to(x.device)
+    if len(t) > 1 and len(x) % len(t):
+        raise RuntimeError(
+            f"a layer's input has {len(x)} rows along its first axis, the denoiser got {len(t)} timesteps: the first must be a multiple"
+        )
+    return torch.bucketize(t, layer.t_edges)
+
+
+def wind(module: nn.Module) -> None:
+    """Gives timed layers of a denoiser that have none its clock. May be called any number of times."""
+    clock = module.__dict__.get("qgen_clock")
+    for layer in module.modules():
+        if getattr(layer, "t_edges", None) is not None and layer is not module:
+            if clock is None:
+                clock = module.__dict__["qgen_clock"] = Clock(module)
+            layer.__dict__["clock"] = clock
+
+
+def stop(module: nn.Module) -> None:
+    """Takes the clock off a denoiser that has no timed layer any more."""
+    if not any(getattr(layer, "t_edges", None) is not None for layer in module.modules()):
+        clock = module.__dict__.pop("qgen_clock", None)
+        if clock is not None:
+            clock.hook.remove()

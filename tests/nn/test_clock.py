@@ -1,0 +1,224 @@
+"""Timed layers: the right row for each sample, one graph for all steps, and what happens without a timestep."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import qgen
+from qgen.calibration.base import CalibrationSet, Call, Moment
+from qgen.methods.lowrank import LowRank
+from qgen.methods.temporal import Center, Static, TemporalBias
+from qgen.nn import clock as clock_module
+from qgen.nn import lora
+from qgen.nn.clock import timestep_of
+from qgen.nn.packed import Packed
+from qgen.recipe import Recipe, Spec
+
+TS = (100.0, 300.0, 500.0, 700.0, 900.0)
+TIMED = Recipe(Spec("int4_g64", "uint4_g64", (Center(), LowRank(8), TemporalBias()), bins=4))
+STATIC = Recipe(Spec("int4_g64", "int8_row", (Center(), LowRank(8), Static(), TemporalBias()), bins=4))
+
+
+class Denoiser(nn.Module):
+    """Two layers whose input is scaled and shifted by the timestep, as adaLN does."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator) * 0.15
+        self.register_buffer("direction", torch.randn(64, generator=generator))
+
+    def forward(self, x, timestep):
+        t = timestep.reshape(-1, 1, 1) / 500 - 1
+        h = self.layers[0](x * torch.exp(1.5 * t) + 3 * t * self.direction)
+        return x + self.layers[1](torch.tanh(h) + t)
+
+
+def call(seed, *ts, sample=0):
+    x = torch.randn(len(ts), 24, 64, generator=torch.Generator().manual_seed(seed))
+    return Call(
+        (x,), {"timestep": torch.tensor(ts)}, Moment(sample, step=TS.index(ts[0]) if ts[0] in TS else 9, t=ts[0])
+    )
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return CalibrationSet(tuple(call(7 * s + i, t, sample=s) for s in range(10) for i, t in enumerate(TS)))
+
+
+@pytest.fixture(scope="module")
+def made(calls):
+    return {
+        name: qgen.quantize(Denoiser().eval(), recipe, calibration=calls, progress=False)
+        for name, recipe in {"timed": TIMED, "static": STATIC, "blind": TIMED.set("*", bins=1)}.items()
+    }
+
+
+def error(module, c):
+    with torch.no_grad():
+        want = c.run(Denoiser())
+        return float((c.run(module) - want).square().mean() / want.square().mean())
+
+
+def test_bins_beat_one_bin_on_unseen_calls(made):
+    unseen = [call(1000 + i, t) for i, t in enumerate(TS)]
+    errors = {name: sum(error(module, c) for c in unseen) for name, module in made.items()}
+    assert errors["timed"] < 0.85 * errors["blind"]
+
+
+@pytest.mark.parametrize("name", ["timed", "static"])
+def test_samples_of_one_batch_have_their_own_bins(made, name):
+    module = made[name]
+    together = call(2000, 900.0, 100.0, 500.0)
+    with torch.no_grad():
+        whole = together.run(module)
+        apart = [module(together.args[0][i : i + 1], together.kwargs["timestep"][i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(whole, torch.cat(apart), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timed", "static"])
+def test_the_order_of_calls_says_nothing(made, name):
+    module, some = made[name], [call(3000 + i, t) for i, t in enumerate(TS)]
+    with torch.no_grad():
+        forth = [c.run(module) for c in some]
+        back = [c.run(module) for c in reversed(some)]
+    assert all(torch.equal(a, b) for a, b in zip(forth, reversed(back), strict=True))
+
+
+def test_unseen_timesteps_take_the_bin_they_fall_into(made):
+    layer = made["timed"].layers[0]
+    edges = layer.t_edges
+    assert len(edges) == 3 and bool((edges.diff() > 0).all())
+    clock = made["timed"].qgen_clock
+    for t in (-50.0, 0.0, 123.0, 640.0, 5000.0):
+        clock.t = torch.tensor([t])
+        want = sum(t > float(e) for e in edges)
+        assert int(clock_module._bins(layer, torch.zeros(1, 2, 64))) == want
+
+
+@pytest.mark.parametrize("name", ["timed", "static"])
+def test_tables_are_exact_where_nothing_is_rounded(made, name):
+    """y = s_b op((x + c_b) / s_b) + d_b with an unrounded op is the float layer plus its bias correction: checked against the formula."""
+    module, layer = made[name], made[name].layers[0]
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(4))
+    module.qgen_clock.t = torch.tensor([150.0, 850.0])
+    rows = torch.bucketize(module.qgen_clock.t, layer.t_edges)
+    got = clock_module.apply(layer, x, lambda z: z @ layer.dequantize(torch.float32).T)
+    want = x.clone()
+    for i, row in enumerate(rows.tolist()):
+        want[i] = (x[i] + layer.t_shift[row].float()) @ layer.dequantize(torch.float32).T + layer.t_bias[row].float()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["timed", "static"])
+def test_one_compiled_graph_serves_all_steps(made, name):
+    module = copy.deepcopy(made[name])
+    torch._dynamo.reset()
+    count = []
+
+    def backend(graph, _):
+        count.append("torch.ops.qgen.linear" in graph.code)  # the hook that reads the timestep is a graph of its own
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for i, t in enumerate(TS):
+        with torch.no_grad():
+            assert torch.equal(call(4000 + i, t).run(compiled), call(4000 + i, t).run(made[name]))
+    assert sum(count) == 1
+    torch._dynamo.reset()
+
+
+def test_without_a_timestep_all_of_them_together_serve_and_it_is_said(calls, made, caplog):
+    layer = copy.deepcopy(made["timed"].layers[0])
+    x = torch.randn(1, 3, 64)
+    layer.clock.t, layer.clock.told = None, False
+    with caplog.at_level(logging.WARNING, logger="qgen"):
+        y = layer(x)
+    assert "without a timestep" in caplog.text
+    alone = (
+        torch.ops.qgen.linear(x + layer.t_shift[-1].float(), *layer.record(), layer.kernel) + layer.t_bias[-1].float()
+    )
+    torch.testing.assert_close(y, alone)
+
+
+def test_a_model_that_takes_no_timestep_falls_back_and_says_so(caplog):
+    plain = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    given = [torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(i)) + 1 for i in range(6)]
+    with caplog.at_level(logging.WARNING, logger="qgen"):
+        made = qgen.quantize(plain, TIMED, calibration=given, progress=False)
+    assert "no recorded call has a timestep" in caplog.text
+    assert made.qgen_recipe.default.bins == 1
+    assert all(layer.t_edges is None for layer in made.modules() if isinstance(layer, Packed))
+    assert "qgen_clock" not in made.__dict__
+
+
+@pytest.mark.parametrize("name", ["timed", "static", "blind"])
+def test_save_and_load_keep_every_bit(made, name, tmp_path):
+    qgen.save(made[name], tmp_path / "m")
+    back = qgen.load(tmp_path / "m", into=Denoiser())
+    c = call(5000, 900.0, 100.0)
+    with torch.no_grad():
+        assert torch.equal(c.run(back), c.run(made[name]))
+    for a, b in zip(back.layers, made[name].layers, strict=True):
+        assert a.layout == b.layout and all(torch.equal(a.canonical()[k], v) for k, v in b.canonical().items())
+    qgen.save(back, tmp_path / "again")
+    first, second = (sorted((tmp_path / d).glob("*.safetensors")) for d in ("m", "again"))
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_a_static_layer_measures_nothing_at_run_time(made):
+    layer = made["static"].layers[0]
+    assert layer.act_scale is not None and layer.act_scale.numel() == 1 and layer.ask().static == "tensor"
+    assert len(layer.t_scale) == len(layer.t_edges) + 2
+    assert float(layer.t_scale[:-1].max() / layer.t_scale[:-1].min()) > 2  # amplitudes grow e^3-fold over the steps
+
+
+def test_a_failed_run_takes_the_clock_off(calls):
+    module = Denoiser().eval()
+    loud = Call((torch.full((1, 24, 64), 3e38),), {"timestep": torch.tensor([900.0])}, Moment(99, 4, 900.0))
+    bad = CalibrationSet((*calls.calls[:20], loud))
+    with pytest.raises(qgen.errors.BadData):
+        qgen.quantize(module, TIMED, calibration=bad, progress=False)
+    assert "qgen_clock" not in module.__dict__ and not module._forward_pre_hooks
+
+
+def test_export_to_formats_without_tables_is_refused(made, tmp_path):
+    with pytest.raises(ValueError, match="tables over timesteps"):
+        qgen.export(made["timed"], "comfy", tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        (((torch.zeros(1), torch.tensor(5.0)), {}), [5.0]),
+        (((torch.zeros(1),), {"timestep": torch.tensor([3, 4])}), [3.0, 4.0]),
+        (((torch.zeros(1),), {"timestep": 7}), [7.0]),
+        (((torch.zeros(1),), {"timestep": torch.tensor([[0.0, 9.0], [2.0, 1.0]])}), [9.0, 2.0]),
+        (((torch.zeros(1),), {}), None),
+    ],
+    ids=["scalar", "batch", "number", "per token", "none"],
+)
+def test_timestep_of(given, wanted):
+    class Takes(nn.Module):
+        def forward(self, x, timestep=None):
+            return x
+
+    found = timestep_of(Takes(), *given)
+    assert (None if found is None else found.tolist()) == wanted
+
+
+def test_a_fused_lora_sees_the_raw_input(made):
+    layer = copy.deepcopy(made["timed"].layers[0])
+    layer.clock.t = torch.tensor([850.0])
+    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(8))
+    before = layer(x)
+    a, b = torch.randn(4, 64) * 0.1, torch.randn(64, 4) * 0.1
+    lora.append_rank(layer, [(a, b)])
+    torch.testing.assert_close(layer(x), before + x @ a.T @ b.T, atol=2e-2, rtol=2e-2)
+    lora.cut_rank(layer)
+    assert torch.equal(layer(x), before)

@@ -1,0 +1,42 @@
+"""Sections over timesteps: well-formed, escaped, and empty where there is nothing to show."""
+
+import xml.etree.ElementTree as xml
+
+import pytest
+import torch
+from torch import nn
+
+from qgen.nn import QuantLinear, clock
+from qgen.nn.packed import Layout
+from qgen.show.timesteps import ranges, trajectory
+
+
+def layer(steps, edges):
+    slots = ("act_scale", "t_edges", "t_scale", "t_bias")
+    made = QuantLinear(64, 32, Layout("int4_g64", "int8_row", slots=slots, bins=len(steps)), torch.float32)
+    slots = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in made.slots().items()}
+    made.fill({**slots, "t_scale": torch.tensor(steps), "t_edges": torch.tensor(edges)})
+    return made
+
+
+def test_strips_are_cut_at_the_edges_and_darkest_at_the_largest():
+    module = nn.Sequential(layer([1.0, 4.0, 2.0, 3.0], [250.0, 500.0]))
+    clock.wind(module)
+    page = ranges(module)
+    cells = [node for node in xml.fromstring(page).iter() if node.tag == "rect"]
+    assert [float(c.get("width")) for c in cells] == [75.0, 75.0, 150.0]
+    assert [float(c.get("fill-opacity")) for c in cells] == [0.28, 0.95, 0.5]
+    assert ranges(nn.Sequential(nn.Linear(4, 4))) == ""
+
+
+def test_lines_of_errors():
+    page = trajectory({"<blind>": [0.01, 0.1], "aware": [0.01, 0.05]})
+    root = xml.fromstring(page)
+    points = [
+        [tuple(map(float, p.split(","))) for p in n.get("points").split()] for n in root.iter() if n.tag == "polyline"
+    ]
+    assert points[0][0] == points[1][0] and points[0][1][1] < points[1][1][1]  # a larger error is higher up
+    assert "&lt;blind&gt;" in page and "<blind>" not in page
+    assert trajectory({}) == "" and trajectory({"exact": [0.0, 0.0]}) == ""
+    with pytest.raises(ValueError, match="finite"):
+        trajectory({"bad": [float("nan")]})
