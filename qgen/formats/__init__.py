@@ -19,6 +19,7 @@
     nf4                 nf4_g64, bnb_fp4_g64                           bitsandbytes' tables         f32 amax
     nf4_dq              nf4_g64_dq                                     nf4                          8-bit codes of amax
     ternary             ternary_g64, _row, binary_g64, _row            -1 0 1; -1 1                 least squares
+    multibasis          binary2_g64, binary3_row, …                    sums of ±1                   means of what is left, one per basis
     powers              pot{3,4}_g64, apot{3,4,5}_g64, _row            powers of two, sums of two   amax
     log2                log2_{3,4,5,8}_row, logsqrt2_…                 2^-q, 2^(-q/2), x >= 0       f32 maximum
     power               power{3,4,6,8}_row, _g64                       ±(q / m)^(1 / a)             amax; a per tensor

@@ -427,5 +427,5 @@ def test_every_method_is_data():
             assert (
                 kind.name == name
                 and kind() == kind()
-                and kind().needs(Site("", "linear", "", 0, "", (64, 64))) <= {"rows", "gram", "absmax"}
+                and kind().needs(Site("", "linear", "", 0, "", (64, 64))) <= {"rows", "gram", "absmax", "moments"}
             )

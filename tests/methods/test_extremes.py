@@ -1,0 +1,160 @@
+"""VQ4DiT, sums of binary bases and pre-shifted exponents: what their cards ask for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qgen import formats
+from qgen.formats.base import QTensor
+from qgen.formats.vq import VectorQuantizer
+from qgen.methods.base import Stats
+from qgen.methods.preshift import PreShift, shifts
+from qgen.methods.vq4dit import VQ4DiT
+from qgen.nn import packed_layer
+from qgen.recipe import Spec
+from qgen.site import Draft, Site
+
+
+def correlated(m, seed, k):
+    mix = torch.randn(16, k, generator=torch.Generator().manual_seed(99))
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(m, 16, generator=g) @ mix + 0.1 * torch.randn(m, k, generator=g)
+
+
+def stats(fit, held):
+    return Stats(fit, held, fit.T @ fit / len(fit), fit.abs().amax(0), fit.abs().mean(0))
+
+
+def layer(weight, act=None, n=32, k=64):
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(5)) / k**0.5
+    return Draft((Site("layer", "linear", "", 0, "x", (n, k)),), Spec(weight, act), w)
+
+
+# -- VQ4DiT ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained():
+    """(draft, stats, {n: refined}) with 2-bit vectors of two weights and 16 words: few words for many vectors."""
+    k = 64
+    seen = stats(correlated(1024, 1, k), correlated(512, 2, k))
+    d = layer("vq2_d2")
+    return d, seen, {n: VQ4DiT(candidates=n).refine(d, seen) for n in (1, 2, 3)}
+
+
+def test_trained_assignments_beat_the_codebook_alone_and_that_beats_kmeans(trained):
+    d, seen, made = trained
+    kmeans, book, both = (x.error(seen.held) for x in (d.rounded(), made[1], made[2]))
+    assert both <= 0.8 * book and book <= kmeans, (both / kmeans, book / kmeans)
+
+
+def test_assignments_really_move_and_stay_among_the_candidates(trained):
+    d, _, made = trained
+    fmt = formats.get("vq2_d2")
+    start = d.rounded().qweight
+    vectors = fmt.normalize(d.target(), start.scales, None, None).reshape(-1, 2)
+    order = torch.cdist(vectors, start.global_scale).argsort(-1)
+    found = fmt.unpack(made[2].qweight.codes).reshape(-1).long()
+    rank = (order == found[:, None]).float().argmax(-1)
+    assert int(rank.max()) <= 1, "one of the two nearest words of the first codebook"
+    assert float((rank == 1).float().mean()) >= 0.1
+    assert made[2].log["moved"] == f"{float((rank == 1).float().mean()):.1%}"
+    assert made[1].log["moved"] == "0.0%"
+
+
+def test_what_is_stored_are_indices_and_a_codebook(trained):
+    d, _, made = trained
+    q = made[2].qweight
+    rows = (q.dequantize() / q.scales).view(-1, 2)
+    assert float(torch.cdist(rows, q.global_scale).amin(-1).max()) < 1e-3, "each vector is one of 16 rows"
+    assert q.nbytes == 32 * 64 * 2 // 8 + 16 * 2 * 4 + 32 * 4
+    assert isinstance(formats.get(q.format), VectorQuantizer) and formats.get("vq2_d2").fake(d.target()).shape == (
+        32,
+        64,
+    )
+
+
+def test_fitted_error_never_rises_and_two_stages_pass(trained):
+    d, seen, made = trained
+    for refined in made.values():
+        assert refined.error(seen.fit) <= d.rounded().error(seen.fit)
+    for name in ("vq2_d8", "int4_g64"):
+        other = layer(name)
+        assert VQ4DiT().refine(other, seen) is other
+
+
+# -- sums of binary bases ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, left", [("binary_row", 0.363), ("binary2_row", 0.131), ("binary3_row", 0.05)])
+def test_energy_that_is_left_of_gaussian_weights(name, left):
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    lost = float((formats.get(name).fake(x) - x).square().sum() / x.square().sum())
+    assert lost == pytest.approx(left, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["binary2_row", "binary2_g64", "binary3_g64"])
+def test_planes_are_the_sum_of_their_scales(name):
+    fmt = formats.get(name)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    x[0, :3] = 0.0
+    q = fmt.quantize(x)
+    codes, want = fmt.unpack(q.codes), torch.zeros_like(x)
+    group = torch.arange(128) // (fmt.block or 128)
+    for i in range(fmt.bits):
+        scale = q.scales if i == 0 else q.zero[:, i - 1 :: fmt.bits - 1]
+        want += torch.where((codes >> i) & 1 == 1, 1.0, -1.0) * scale.float()[:, group]
+    assert torch.equal(q.dequantize(), want) and bool((q.scales.float() > 0).all())
+    slots = {"codes": q.codes, "scales": q.scales, "zero": q.zero}
+    assert {name: (tuple(t.shape), t.dtype) for name, t in slots.items()} == fmt.shapes(5, 128)
+    assert fmt.bits_per_value(128) == pytest.approx(8 * q.nbytes / x.numel())
+
+
+def test_signs_of_zero_are_plus_one_and_a_layer_keeps_its_bits():
+    q = formats.get("binary2_row").quantize(torch.zeros(2, 8))
+    assert q.dequantize().tolist() == [[0.0] * 8] * 2 and int(formats.get("binary2_row").unpack(q.codes)[0, 0]) == 3
+    d = layer("binary2_g64").rounded()
+    new = packed_layer(d, torch.nn.Linear(64, 32, bias=False))
+    new.prepare()
+    x = torch.randn(3, 64)
+    assert torch.allclose(new(x), x @ d.qweight.dequantize().T, atol=1e-5)
+    state = {k: v for k, v in new.state_dict().items() if k != "weight"}
+    assert torch.equal(
+        QTensor(state["codes"], state["scales"], None, state["zero"], "binary2_g64").dequantize(),
+        d.qweight.dequantize(),
+    )
+
+
+# -- pre-shifted exponents ---------------------------------------------------------------------------------------------
+def test_shifting_is_exact_in_floating_point():
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * torch.exp2(torch.arange(64) % 5)
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    k = shifts(x.abs().amax(0), float(x.abs().amax(0).min()), 2)
+    assert torch.equal(k, k.round()) and int(k.min()) >= 0 and int(k.max()) == 3
+    s = torch.exp2(k)
+    assert torch.equal((w * s) / s, w) and torch.equal((x / s) * s, x)
+    per_channel = formats.get("fp4_e2m1_row").fake(x / s) * s
+    assert torch.equal(per_channel.double() @ w.double().T, (per_channel / s).double() @ (w * s).double().T)
+
+
+def test_shifts_help_where_channels_differ_and_do_no_harm_elsewhere():
+    g = torch.Generator().manual_seed(3)
+    size = torch.exp2(torch.arange(64) % 5)
+    x = torch.randn(800, 64, generator=g) * size
+    seen = stats(x[:500], x[500:])
+    d = layer("int8_row", "fp4_e2m1_row")
+    shifted = PreShift().refine(d, seen)
+    assert torch.equal(shifted.smooth.log2(), shifted.smooth.log2().round())
+    assert shifted.error(seen.held) <= 0.75 * d.error(seen.held)
+    flat = torch.randn(800, 64, generator=g)
+    seen = stats(flat[:500], flat[500:])
+    assert PreShift().refine(d, seen).error(seen.held) <= d.error(seen.held)
+
+
+def test_one_enormous_channel_and_dead_ones():
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(600, 64, generator=g)
+    x[:, 5] *= 1024
+    x[:, 9] = 0
+    seen = stats(x[:400], x[400:])
+    d = layer("int8_row", "fp4_e2m1_row")
+    assert PreShift().refine(d, seen).error(seen.held) <= d.error(seen.held)
+    dead = replace(seen, absmax=torch.zeros(64))
+    assert PreShift().refine(d, dead) is d
