@@ -3,11 +3,13 @@
 __all__ = ["check_weights", "parse_bytes", "refuse_quantized"]
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from qgen.errors import BadData, NotQuantizable
+from qgen.nn.kinds import is_layer, kind_of
 from qgen.nn.packed import Packed
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -15,7 +17,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 2
 
 def refuse_quantized(module: nn.Module, name: str) -> None:
     """NotQuantizable if the module holds packed layers, or layers packed by another library."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, Packed):
+    if is_layer(module):
         raise NotQuantizable(
             f"a lone {type(module).__name__} cannot be replaced in place: pass its model, or nn.Sequential(layer)"
         )
@@ -24,12 +26,23 @@ def refuse_quantized(module: nn.Module, name: str) -> None:
             raise NotQuantizable(
                 f"{name or type(module).__name__} is quantized already (layer {path}); load the 16-bit model first"
             )
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not (
-            layer.weight.is_floating_point() and layer.weight.itemsize > 1
-        ):
+        if kind_of(layer) and (other := _packed_as(layer)):
             raise NotQuantizable(
-                f"{name or type(module).__name__}: layer {path} holds {layer.weight.dtype}, packed by another library"
+                f"{name or type(module).__name__}: layer {path} holds {other}, packed by another library"
             )
+
+
+def _packed_as(layer: Any) -> str:
+    """What a layer's weight is if another library packed it: its dtype, or the class of a tensor that only looks like a float one."""
+    weight = layer.weight
+    if not weight.is_complex() and not (weight.is_floating_point() and weight.itemsize > 1):
+        return str(weight.dtype)
+    kind = type(weight.data)
+    return (
+        ""
+        if kind is torch.Tensor or issubclass(kind, nn.Parameter)
+        else f"a {kind.__module__.partition('.')[0]} {kind.__name__}"
+    )
 
 
 def check_weights(module: nn.Module, name: str) -> None:

@@ -6,18 +6,19 @@ sees a single row per sample (time embeddings, adaLN modulation) works on vector
 is context: text for cross-attention, which does not change from step to step.
 """
 
-__all__ = ["blocks_of", "packable", "probe", "static_sites"]
+__all__ = ["blocks_of", "input_of", "probe", "static_sites"]
 
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qgen.calibration.base import Call
 from qgen.errors import NotQuantizable
-from qgen.nn.packed import Packed
+from qgen.nn.kinds import is_layer, kind_of, shape_of
 from qgen.site import Site
 
 
@@ -26,8 +27,8 @@ def probe(module: nn.Module, call: Call) -> list[Site]:
     watch = _Watch(blocks_of(module), min((t.shape[0] for _, t in call.tensors() if t.ndim > 1), default=0))
     hooks = []
     for path, child in module.named_modules():
-        if isinstance(child, (nn.Linear, nn.Conv2d)) and not isinstance(child, Packed) and packable(child):
-            hooks.append(child.register_forward_pre_hook(watch.entering(path)))
+        if is_layer(child):
+            hooks.append(child.register_forward_pre_hook(watch.entering(path), with_kwargs=True))
         if path and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             hooks.append(child.register_forward_hook(watch.leaving))
     try:
@@ -38,7 +39,7 @@ def probe(module: nn.Module, call: Call) -> list[Site]:
             hook.remove()
     if not watch.sites:
         raise NotQuantizable(
-            f"{type(module).__name__} ran no nn.Linear or nn.Conv2d layer: there is nothing to quantize"
+            f"{type(module).__name__} ran no nn.Linear or convolution layer: there is nothing to quantize"
         )
     return _with_context(watch.sites)
 
@@ -57,14 +58,13 @@ def static_sites(module: nn.Module) -> list[Site]:
     block = blocks_of(module)
     sites = []
     for path, layer in module.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer, Packed) and packable(layer):
-            kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+        if is_layer(layer):
             role = "inside" if block(path) or not block.any else "outside"
-            shape = (layer.weight.shape[0], layer.weight[0].numel())
-            sites.append(Site(path, kind, block(path), len(sites), path, shape, role=role))
+            shape = shape_of(layer)
+            sites.append(Site(path, kind_of(layer), block(path), len(sites), path, shape, role=role))
     if not sites:
         raise NotQuantizable(
-            f"{type(module).__name__} has no nn.Linear or nn.Conv2d layer: there is nothing to quantize"
+            f"{type(module).__name__} has no nn.Linear or convolution layer: there is nothing to quantize"
         )
     return sites
 
@@ -78,12 +78,13 @@ class _Watch:
         self.made: dict[tuple, tuple[weakref.ref, str]] = {}
 
     def entering(self, path: str):
-        def hook(layer: nn.Module, args: tuple) -> None:
-            if path in self.seen or not args or not isinstance(args[0], Tensor):
+        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = input_of(args, kwargs)
+            if path in self.seen or x is None:
                 return
             self.seen.add(path)
-            x = args[0]
-            conv = isinstance(layer, nn.Conv2d)
+            kind = kind_of(layer)
+            conv = kind != "linear"
             way = _geometry(layer) if conv else ()  # one image unfolds into other rows for another kernel or stride
             shares = _recall(self.inputs, x, way) or f"input{len(self.sites)}"
             self.inputs[_key(x, way)] = (weakref.ref(x), shares)
@@ -91,13 +92,13 @@ class _Watch:
             samples = (
                 self.batch or x.shape[0] if x.ndim == 2 else x.shape[0]
             )  # (M, K): tokens of all samples, or one row for each
-            rows = x.shape[-2] * x.shape[-1] if conv else max(1, x.numel() // max(1, x.shape[-1] * samples))
-            shape = (layer.weight.shape[0], layer.weight[0].numel())
+            rows = x.shape[2:].numel() if conv else max(1, x.numel() // max(1, x.shape[-1] * samples))
+            shape = shape_of(layer)
             role = "vector" if rows == 1 and not conv else "inside" if block or not self.blocks.any else "outside"
             self.sites.append(
                 Site(
                     path,
-                    "conv2d" if conv else "linear",
+                    kind,
                     block,
                     len(self.sites),
                     shares,
@@ -119,7 +120,7 @@ def _key(x: Tensor, way: tuple = ()) -> tuple:
     return x.data_ptr(), tuple(x.shape), x.stride(), 0 if x.is_inference() else x._version, way
 
 
-def _geometry(conv: nn.Conv2d) -> tuple:
+def _geometry(conv: Any) -> tuple:
     return conv.kernel_size, conv.stride, conv.padding, conv.dilation
 
 
@@ -129,10 +130,9 @@ def _recall(table: dict[tuple, tuple[weakref.ref, str]], x: Tensor, way: tuple =
     return known[1] if known is not None and known[0]() is not None else ""
 
 
-def packable(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d):
-        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return True
+def input_of(args: tuple, kwargs: dict) -> Tensor | None:
+    """The tensor that a layer was called with, by position or by whatever name; None if there is none."""
+    return next((x for x in (*args[:1], *kwargs.values()) if isinstance(x, Tensor)), None)
 
 
 class blocks_of:

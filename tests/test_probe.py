@@ -35,7 +35,7 @@ def test_every_layer_that_runs_is_found_once_in_order_with_its_shape(sites, name
     layers = {
         path: layer
         for path, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and getattr(layer, "groups", 1) == 1
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and getattr(layer, "groups", 1) == 1
     }
     hooks = [layer.register_forward_pre_hook(lambda m, a, p=path: ran.append(p)) for path, layer in layers.items()]
     call().run(model)
@@ -45,6 +45,7 @@ def test_every_layer_that_runs_is_found_once_in_order_with_its_shape(sites, name
     assert list(found) == list(dict.fromkeys(ran)) and [s.order for s in found.values()] == list(range(len(found)))
     assert all(s.shape == (layers[p].weight.shape[0], layers[p].weight[0].numel()) for p, s in found.items())
     assert all((s.kind == "conv2d") == isinstance(layers[p], nn.Conv2d) for p, s in found.items())
+    assert all((s.kind == "conv3d") == isinstance(layers[p], nn.Conv3d) for p, s in found.items())
 
 
 def test_probing_leaves_no_hook_and_no_change():
@@ -207,5 +208,5 @@ def test_flattened_tokens_are_no_vectors():
 
 
 def test_nothing_to_find_is_an_error():
-    with pytest.raises(NotQuantizable, match=r"GELU ran no nn\.Linear or nn\.Conv2d layer"):
+    with pytest.raises(NotQuantizable, match=r"GELU ran no nn\.Linear or convolution layer"):
         probe(nn.GELU(), Call((torch.randn(2, 3),), {}))

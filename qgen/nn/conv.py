@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from qgen.kernels import conv_ops, conv_reference
 from qgen.kernels.conv_ops import ConvAsk, Geometry
 from qgen.kernels.ops import SLOTS
-from qgen.nn.linear import slots_of
+from qgen.nn import clock
+from qgen.nn.linear import bins_of, slots_of
 from qgen.nn.packed import Layout, Packed
 from qgen.site import Draft
 
@@ -40,7 +41,12 @@ class QuantConv2d(Packed, nn.Conv2d):
         """The layer of the draft's site number `index`, with the geometry of `like`."""
         slots = slots_of(draft, index, dtype)
         layout = Layout(
-            draft.spec.weight, draft.act, 0 if draft.down is None else draft.down.shape[0], draft.hadamard, tuple(slots)
+            draft.spec.weight,
+            draft.act,
+            0 if draft.down is None else draft.down.shape[0],
+            draft.hadamard,
+            tuple(slots),
+            bins_of(slots),
         )
         layer = cls(like, layout, dtype)
         layer.fill(slots)
@@ -57,7 +63,7 @@ class QuantConv2d(Packed, nn.Conv2d):
     def canonical(self) -> dict[str, Tensor]:
         """The tensors that are present, by slot, in canonical layout: the bytes that files hold."""
         slots = {name: p.detach() for name, p in self.slots().items()}
-        return slots if self.kernel is None else conv_ops.find(self.kernel).unpack(slots, self._ask)
+        return slots if self.kernel is None else self._around(conv_ops.find(self.kernel).unpack, slots)
 
     def serves(self, kernel: str) -> str | None:
         """`kernel` if it can serve this layer as it is now, else None."""
@@ -66,6 +72,9 @@ class QuantConv2d(Packed, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
             raise RuntimeError(f"{type(self).__name__} has no kernel yet: call qgen.prepare(model) or layer.prepare()")
+        return clock.apply(self, x, self._conv) if self.timed else self._conv(x)
+
+    def _conv(self, x: Tensor) -> Tensor:
         return torch.ops.qgen.conv2d(
             x, *[getattr(self, slot) for slot in SLOTS], self.weight_format, self.act_format, self.n, self.k,
             self.hadamard, self.kernel_size, self.stride, self.padding, self.dilation, self.kernel,

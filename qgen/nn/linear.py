@@ -26,14 +26,24 @@ class QuantLinear(Packed, nn.Linear):
         """The layer of the draft's site number `index`; rounds to nearest what no method has rounded."""
         slots = slots_of(draft, index, dtype)
         layout = Layout(
-            draft.spec.weight, draft.act, 0 if draft.down is None else draft.down.shape[0], draft.hadamard, tuple(slots)
+            draft.spec.weight,
+            draft.act,
+            0 if draft.down is None else draft.down.shape[0],
+            draft.hadamard,
+            tuple(slots),
+            bins_of(slots),
         )
         layer = cls(draft.weight.shape[1], draft.sites[index].shape[0], layout, dtype)
         layer.fill(slots)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input)
+
+
+def bins_of(slots: dict[str, Tensor]) -> int:
+    """Rows of a layer's timed tables, 0 without any."""
+    return next((len(slots[name]) for name in ("t_shift", "t_scale", "t_bias") if name in slots), 0)
 
 
 def slots_of(draft: Draft, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -53,4 +63,8 @@ def slots_of(draft: Draft, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
         "bias": None if bias is None else bias[rows].to(dtype),
         "shift": None if draft.shift is None else draft.shift.to(dtype),
     }
+    slots |= draft.tables(rows, dtype)
+    if slots.get("t_bias") is not None:
+        one = slots["t_shift"] is None if "t_shift" in slots else len(slots["t_bias"]) == 1
+        slots["bias"] = slots.pop("t_bias")[0] if one and slots.get("t_edges") is None else None  # it is in the table
     return {name: t.clone(memory_format=torch.contiguous_format) for name, t in slots.items() if t is not None}

@@ -7,7 +7,7 @@ rest off restores the layer bit for bit. Nothing is quantized again. After fusin
 Hu et al., 2021, https://arxiv.org/abs/2106.09685 · the idea for 4-bit layers: https://github.com/nunchaku-tech/nunchaku
 """
 
-__all__ = ["fuse_lora", "unfuse_lora"]
+__all__ = ["append_rank", "cut_rank", "fuse_lora", "unfuse_lora"]
 
 import math
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def fuse_lora(x: Any) -> Any:
     for layer, names in found:
         base = layer.get_base_layer()
         if isinstance(base, Packed):
-            _append(base, *_factors(layer, names))
+            append_rank(base, _factors(layer, names))
             layer.merged_adapters.extend(names)
         else:
             if not hasattr(base, "_qgen_unfused"):
@@ -59,13 +59,7 @@ def unfuse_lora(x: Any) -> Any:
     if not fused and not kept:
         raise ValueError(f"{type(x).__name__} has no fused LoRA")
     for layer in fused:
-        rank, slots = layer.fused_from, layer.canonical()
-        if rank:
-            slots["down"], slots["up"] = slots["down"][:rank].contiguous(), slots["up"][:, :rank].contiguous()
-        else:
-            del slots["down"], slots["up"]
-        _refill(layer, slots)
-        layer.fused_from = None
+        cut_rank(layer)
     for base in kept:
         with torch.no_grad():
             base.weight.copy_(base._qgen_unfused)
@@ -107,31 +101,49 @@ def _refuse_variants(layer: Any, names: list[str]) -> None:
             )
 
 
-def _factors(layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
-    """A (R, K) and s B (N, R) of all named adapters, float32, of like magnitude so that 16 bits hold both well."""
-    downs, ups = [], []
-    for name in names:
-        a = layer.lora_A[name].weight.detach().float().flatten(1)
-        b = layer.lora_B[name].weight.detach().float().flatten(1) * layer.scaling[name]
+def _factors(layer: Any, names: list[str]) -> list[tuple[Tensor, Tensor]]:
+    """A (R, K) and s B (N, R) of each named adapter, float32."""
+    return [
+        (
+            layer.lora_A[name].weight.detach().float().flatten(1),
+            layer.lora_B[name].weight.detach().float().flatten(1) * layer.scaling[name],
+        )
+        for name in names
+    ]
+
+
+def append_rank(layer: Packed, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Puts adapters behind the layer's own low-rank branch. pairs: A (R, K) and s B (N, R) of each, float32.
+
+    A and B are brought to like magnitude, so that 16 bits hold both well, and the whole is padded to a multiple of 16 ranks.
+    """
+    slots = layer.canonical()
+    dtype, device = slots["down"].dtype if "down" in slots else layer.compute_dtype, slots["codes"].device
+    downs, ups = ([slots["down"]], [slots["up"]]) if "down" in slots else ([], [])
+    for a, b in pairs:
         top_a, top_b = float(a.abs().max()), float(b.abs().max())
         # A power of two rounds nothing.
         balance = 2.0 ** round(math.log2(top_b / top_a) / 2) if top_a and top_b else 1.0
-        downs.append(a * balance)
-        ups.append(b / balance)
-    return torch.cat(downs), torch.cat(ups, 1)
-
-
-def _append(layer: Packed, a: Tensor, b: Tensor) -> None:
-    """Concatenates down (R, K) and up (N, R) behind the layer's own and pads."""
-    slots = layer.canonical()
-    dtype = slots["down"].dtype if "down" in slots else layer.compute_dtype
-    a, b = a.to(slots["codes"].device, dtype), b.to(slots["codes"].device, dtype)
-    if "down" in slots:
-        a, b = torch.cat([slots["down"], a]), torch.cat([slots["up"], b], 1)
-    more = -a.shape[0] % _MULTIPLE
+        downs.append((a * balance).to(device, dtype))
+        ups.append((b / balance).to(device, dtype))
+    down, up = torch.cat(downs), torch.cat(ups, 1)
+    more = -down.shape[0] % _MULTIPLE
     rank = layer.rank
-    _refill(layer, {**slots, "down": F.pad(a, (0, 0, 0, more)), "up": F.pad(b, (0, more))})
+    _refill(layer, {**slots, "down": F.pad(down, (0, 0, 0, more)), "up": F.pad(up, (0, more))})
     layer.fused_from = rank if layer.fused_from is None else layer.fused_from
+
+
+def cut_rank(layer: Packed) -> None:
+    """Undoes every `append_rank` of a layer, bit for bit; nothing if there was none."""
+    rank, slots = layer.fused_from, layer.canonical()
+    if rank is None:
+        return
+    if rank:
+        slots["down"], slots["up"] = slots["down"][:rank].contiguous(), slots["up"][:, :rank].contiguous()
+    else:
+        del slots["down"], slots["up"]
+    _refill(layer, slots)
+    layer.fused_from = None
 
 
 def _refill(layer: Packed, slots: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ numbers. The layer looks like `nn.Linear` / `nn.Conv2d` to LoRA loaders: `weight
 
 __all__ = ["Layout", "Packed", "Placeholder"]
 
+import copy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from qgen import formats
 from qgen.kernels import registry
 from qgen.kernels.ops import SLOTS, Slots
+from qgen.nn import clock
+from qgen.nn.clock import TIMED
 
 FLOAT_SLOTS = (
     "smooth",
@@ -22,8 +25,44 @@ FLOAT_SLOTS = (
     "up",
     "bias",
     "shift",
+    "t_shift",
+    "t_bias",
 )  # stored in any float dtype of 16 or 32 bits; the rest have one dtype each
-CAST_SLOTS = ("bias",)  # these follow `.to(dtype)`
+CAST_SLOTS = ("bias", "t_bias")  # these follow `.to(dtype)`
+STORED = (*SLOTS, *TIMED)  # what files hold; the op knows nothing of the timed ones
+
+
+# Computing with a weight's zeros would give wrong numbers without a word.
+_READS = {
+    *(
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "embedding",
+        "add",
+        "sub",
+        "mul",
+        "div",
+    ),
+    *("__matmul__", "__rmatmul__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__"),
+}
+_VIEWS = {
+    "__get__",
+    "__getitem__",
+    "t",
+    "transpose",
+    "permute",
+    "reshape",
+    "view",
+    "flatten",
+}  # these stay placeholders
 
 
 class Placeholder(Tensor):
@@ -43,9 +82,21 @@ class Placeholder(Tensor):
                 "the weight of a quantized layer is a placeholder that cannot be written or copied from: call qgen.fuse_lora(pipe) to "
                 "merge a LoRA, qgen.unfuse_lora(pipe) to take it out, layer.dequantize() for values"
             )
+        if name in _READS:
+            path = next(
+                (str(getattr(t, "path", "")) for t in (*args, *(kwargs or {}).values()) if isinstance(t, cls)), ""
+            )
+            raise RuntimeError(
+                f"the weight of the quantized layer {path or '(unnamed)'!r} is read by {name}() and not through the layer, which has no "
+                f'float values: keep it float with recipe.skip("{path or "…"}"), or use layer.dequantize()'
+            )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            return result.as_subclass(cls) if name == "__get__" and isinstance(result, Tensor) else result
+        if name not in _VIEWS or not isinstance(result, Tensor):
+            return result
+        result = result.as_subclass(cls)
+        result.path = getattr(args[0], "path", "")
+        return result
 
 
 class Packed(nn.Module):
@@ -67,10 +118,12 @@ class Packed(nn.Module):
         self.fused_from: int | None = (
             None  # rank before a LoRA was fused into the low-rank branch; None = nothing fused
         )
+        self.clock: clock.Clock | None = None  # set by `clock.wind` where the layer has timestep bins
+        self.path = ""  # in the model, for messages
         self.shows_weight = True  # whether `state_dict` lists the placeholder
         for slot in (
             "bias",
-            *SLOTS,
+            *STORED,
         ):  # the bias first: models read the dtype of a part off its first parameter (Wan's time embedder)
             self.register_parameter(slot, None)
 
@@ -79,7 +132,9 @@ class Packed(nn.Module):
     def weight(self) -> Tensor:
         """Placeholder of the float weight: its shape, dtype and device, no memory, all zeros. Use `dequantize()` for values."""
         zero = torch.zeros((), dtype=self.compute_dtype, device=self.codes.device)
-        return zero.expand(self._weight_shape()).as_subclass(Placeholder)
+        made = zero.expand(self._weight_shape()).as_subclass(Placeholder)
+        made.path = self.path
+        return made
 
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.n, self.k)
@@ -95,19 +150,24 @@ class Packed(nn.Module):
 
     def slots(self) -> dict[str, Tensor]:
         """The tensors that are present, by slot, in the layout in memory."""
-        return {slot: getattr(self, slot) for slot in SLOTS if getattr(self, slot) is not None}
+        return {slot: getattr(self, slot) for slot in STORED if getattr(self, slot) is not None}
 
     def canonical(self) -> dict[str, Tensor]:
         """The tensors that are present, by slot, in canonical layout: the bytes that files hold."""
         slots = {name: p.detach() for name, p in self.slots().items()}
-        return slots if self.kernel is None else registry.find("linear", self.kernel).unpack(slots, self._ask)
+        return slots if self.kernel is None else self._around(registry.find("linear", self.kernel).unpack, slots)
+
+    def _around(self, way, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a kernel's `pack` or `unpack` makes of the slots that it knows, and the timed ones as they are."""
+        known = {name: t for name, t in slots.items() if name not in TIMED}
+        return {**way(known, self._ask), **{name: t for name, t in slots.items() if name in TIMED}}
 
     def fill(self, slots: dict[str, Tensor]) -> None:
         """Sets the packed parameters from canonical tensors."""
-        for slot in SLOTS:
+        for slot in STORED:
             value = slots.get(slot)
             setattr(self, slot, None if value is None else nn.Parameter(value, requires_grad=False))
-        self.kernel, self._ask = None, None
+        self.kernel, self._ask, self._on_shift = None, None, None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (N, K) that the layer stands for: residual · Hᵀ / smooth + up · down, in `dtype` (default: compute dtype)."""
@@ -160,7 +220,8 @@ class Packed(nn.Module):
         ask = self.ask()
         chosen = registry.choose(ask, kernel)
         slots = self.canonical()
-        self.fill({name: t.contiguous() for name, t in chosen.pack(slots, ask).items()})
+        self._ask = ask
+        self.fill({name: t.contiguous() for name, t in self._around(chosen.pack, slots).items()})
         self.kernel, self._ask = chosen.name, ask
         return chosen.name
 
@@ -168,12 +229,44 @@ class Packed(nn.Module):
         kernel = self.kernel
         if kernel is None:
             raise RuntimeError(f"{type(self).__name__} has no kernel yet: call qgen.prepare(model) or layer.prepare()")
+        if self.timed:
+            return clock.apply(self, x, lambda x: torch.ops.qgen.linear(x, *self.record(), kernel))
         return torch.ops.qgen.linear(x, *self.record(), kernel)
+
+    def fused_on_shift(self) -> Tensor:
+        """(T, N): what the ranks that a fused LoRA added make of the shifts by bin. Computed once for each fusing."""
+        if self._on_shift is None:
+            slots = self.canonical()
+            down, up = slots["down"][self.fused_from :].float(), slots["up"][:, self.fused_from :].float()
+            self._on_shift = (slots["t_shift"].float() @ down.T) @ up.T
+        return self._on_shift
+
+    @property
+    def timed(self) -> bool:
+        """Whether the layer has tables over timesteps."""
+        return self.t_bias is not None or self.t_scale is not None or self.t_shift is not None
 
     def record(self) -> Slots:
         """The layer as kernels see it, in the layout of its kernel: what `qgen.kernels.fused_ops` takes of each layer."""
         tensors = [getattr(self, slot) for slot in SLOTS]
         return Slots(*tensors, self.weight_format, self.act_format, self.n, self.hadamard)
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+    def __deepcopy__(self, memo: dict) -> "Packed":
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __copy__(self) -> "Packed":
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "quantized layers are not pickled: the bytes in memory are one kernel's, and pickles run code; use qgen.save(model, folder)"
+        )
 
     # -- nn.Module -----------------------------------------------------------------------------------------------------
     def _apply(self, fn, recurse=True):
@@ -209,7 +302,7 @@ class Packed(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         state_dict.pop(prefix + "weight", None)
-        mine = {slot: state_dict[prefix + slot] for slot in SLOTS if prefix + slot in state_dict}
+        mine = {slot: state_dict[prefix + slot] for slot in STORED if prefix + slot in state_dict}
         present = self.slots()
         missing_keys.extend(prefix + slot for slot in present if slot not in mine)
         unexpected_keys.extend(prefix + slot for slot in mine if slot not in present)
@@ -239,12 +332,15 @@ class Packed(nn.Module):
     def layout(self) -> "Layout":
         """What it takes to build an empty layer like this one."""
         present = tuple(slot for slot in self.slots() if slot not in ("codes", "scales"))
-        return Layout(self.weight_format, self.act_format, self.rank, self.hadamard, present)
+        tables = [t for t in (self.t_shift, self.t_scale, self.t_bias) if t is not None]
+        return Layout(
+            self.weight_format, self.act_format, self.rank, self.hadamard, present, len(tables[0]) if tables else 0
+        )
 
     def described(self) -> dict:
         """Kind, layout and compute dtype as plain data: what a file says about this layer."""
-        kind = "conv2d" if isinstance(self, nn.Conv2d) else "linear"
-        return {"kind": kind, **asdict(self.layout), "dtype": str(self.compute_dtype)[6:]}
+        kind = next((f"conv{d}d" for d in (1, 2, 3) if isinstance(self, getattr(nn, f"Conv{d}d"))), "linear")
+        return {"kind": kind, **self.layout.to_dict(), "dtype": str(self.compute_dtype)[6:]}
 
     def extra_repr(self) -> str:
         rank = f", rank={self.rank}" if self.rank else ""
@@ -265,13 +361,18 @@ def _moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a loader must know to build an empty layer: formats, rank, which optional slots exist. JSON-able by `asdict`."""
+    """What a loader must know to build an empty layer: formats, rank, which optional slots exist, rows of timed tables (0 = none)."""
 
     weight: str
     act: str = ""
     rank: int = 0
     hadamard: int = 0
     slots: tuple[str, ...] = ()
+    bins: int = 0
+
+    def to_dict(self) -> dict:
+        """Plain data; `bins` is there only where there are any."""
+        return {key: value for key, value in asdict(self).items() if key != "bins" or value}
 
     def empty(self, n: int, k: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """Empty canonical tensors for a weight (N, K), by slot."""
@@ -286,8 +387,14 @@ class Layout:
             "bias": ((n,), dtype),
             "shift": ((), dtype),
             "act_scale": ((act_groups,), torch.float32),
+            "t_edges": ((max(0, self.bins - 2),), torch.float32),
+            "t_shift": ((self.bins, k), dtype),
+            "t_scale": ((self.bins,), torch.float32),
+            "t_bias": ((self.bins, n), dtype),
         }
         wanted = {"codes", "scales", *self.slots}
         return {
-            slot: torch.empty(shapes[slot][0], dtype=shapes[slot][1], device=device) for slot in SLOTS if slot in wanted
+            slot: torch.empty(shapes[slot][0], dtype=shapes[slot][1], device=device)
+            for slot in STORED
+            if slot in wanted
         }

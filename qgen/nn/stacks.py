@@ -1,0 +1,36 @@
+"""Weights that are no layers: mixtures of experts keep theirs stacked in one parameter (E, N, K), which no hook on a layer sees.
+
+They stay float. The report lists them, so that a model whose size barely shrank says why.
+"""
+
+__all__ = ["stacked"]
+
+from torch import nn
+
+from qgen.nn.kinds import kind_of
+
+_WIDE = 32  # smaller matrices are tables of positions or shifts
+
+
+def stacked(module: nn.Module) -> list[dict]:
+    """Rows of the report for modules that hold stacks of matrices as parameters of their own."""
+    rows = []
+    for path, part in module.named_modules():
+        found = {
+            name: p
+            for name, p in part.named_parameters(recurse=False)
+            if p.ndim == 3 and p.shape[0] > 1 and min(p.shape[1:]) >= _WIDE and not kind_of(part)
+        }
+        if found:
+            nbytes = 2 * sum(p.numel() for p in found.values())
+            shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in found.items())
+            why = f"{type(part).__name__} holds matrices stacked in one parameter, which are no layers: {shapes}"
+            facts = {
+                "path": path,
+                "kind": "stack",
+                "block": "",
+                "shape": list(next(iter(found.values())).shape),
+                "role": "inside",
+            }
+            rows.append({**facts, "spec": "float", "kernel": "", "why": why, "nbytes": nbytes, "bytes16": nbytes})
+    return rows
