@@ -6,6 +6,7 @@ EXTRAS ?= all
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
+COMFY_ARGS ?=
 WORKERS ?= 2
 BENCH_ARGS ?= linear
 
@@ -14,10 +15,10 @@ STAMP := $(VENV)/.ready
 NAMESPACES := kernels calibration nodes
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test slow lint types format aot bench wheel clean
+.PHONY: help venv demo test comfy-test slow lint types format aot bench wheel clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(STAMP) ## the environment, in .venv
 
@@ -37,6 +38,11 @@ test: $(STAMP) ## the tests, but for the slow ones; TEST_ARGS="-k nvfp4 -x" goes
 
 slow: $(STAMP) ## the slow tests: kernels in Triton's interpreter, servers, browsers, whole pipelines
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow and not aot" $(TEST_ARGS)
+
+# Fetches ComfyUI (GPL-3, run as a program, no part of this project) and its front end into the user's cache on first use: see tests/comfy_server.py.
+comfy-test: $(STAMP) ## the nodes on a real ComfyUI server and in its front end; COMFY_ARGS goes to pytest
+	$(BIN)/python tests/comfy_server.py
+	OMP_NUM_THREADS=1 QGEN_COMFY_TEST=1 $(BIN)/python -m pytest tests/nodes tests/io/peers/test_comfy_server.py $(COMFY_ARGS)
 
 lint: $(STAMP) ## ruff and the type checker
 	$(BIN)/ruff check .

@@ -20,15 +20,21 @@ import torch
 from torch import nn
 
 from qgen import recipes
+from qgen.allocate import allocate, asked
 from qgen.calibration.base import CalibrationSet
 from qgen.calibration.recorder import Recorder, as_calls
 from qgen.checks import check_weights, parse_bytes, refuse_quantized
 from qgen.errors import NotQuantizable
 from qgen.io.hub import attach
+from qgen.methods.attention import as_spec, quantize_attention
 from qgen.methods.base import sqnr_db
+from qgen.methods.temporal import timed_or_blind
 from qgen.models import adapter_for
-from qgen.nn import QuantConv2d, QuantLinear
+from qgen.nn import clock, packed_layer
+from qgen.nn.attention import remove
+from qgen.nn.kinds import empty
 from qgen.nn.packed import Packed
+from qgen.nn.stacks import stacked
 from qgen.probe import probe, static_sites
 from qgen.progress import bars
 from qgen.recipe import Recipe, Spec
@@ -46,8 +52,9 @@ def quantize(
     prompts: Sequence[str] | None = None,
     call_kwargs: dict | None = None,
     calibration: Any = None,
-    budget: float | None = None,
-    attention: str | None = None,
+    budget: Any = None,
+    quality: Any = None,
+    attention: Any = None,
     memory: int | str | None = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
@@ -63,6 +70,11 @@ def quantize(
         calibration: a recorded set (`qgen.calibration.load`), a calibrator (`Recorder(samples=32)`), or for a bare module a list of calls.
         memory: bytes for calibration statistics, or text such as "2GiB"; less memory means more replays. Default: half of the model's
             size, at least 512 MiB.
+        budget: mixed precision: "4.5 bits" on average, "6 GiB" for the denoisers, "12 ms" for their layers, or a `qgen.allocate.Budget`.
+            Each layer gets the recipe's own format, a wider or, where the budget asks for it, a narrower one; see `qgen.allocate`.
+        quality: the smallest model with at least this score, "psnr>=30", "ssim>=0.9" or "sqnr>=20", within the budget if there is one.
+        attention: "auto" = attention in 8 bits (fp4 where the device runs it best) wherever its measured error stays within a budget,
+            by layer and timestep; "int8", "fp4" = in these numbers everywhere; an `AttentionSpec` for more; None = as it is.
         checkpoint: folder in which finished waves are kept; the same call goes on from there after a crash.
         seed: of latents and of methods' random numbers. Same seed, same machine, same number of threads: same bytes.
         progress: show progress bars.
@@ -70,9 +82,8 @@ def quantize(
     Raises NotQuantizable (nothing to quantize, or quantized already), ValueError (unknown names, no prompts), BadData (NaN or infinity in
     weights or activations), BadCheckpoint (a checkpoint of another model, recipe or calibration). In each case nothing is changed.
     """
-    for name, value in (("budget", budget), ("attention", attention)):
-        if value is not None:
-            raise ValueError(f"{name}={value!r}: this version quantizes layers by recipe alone; leave {name} out")
+    attention = as_spec(attention)
+    limits = asked(budget, quality)
     adapter = adapter_for(pipe_or_module)
     denoisers = adapter.denoisers(pipe_or_module)
     for name, module in denoisers.items():
@@ -84,11 +95,22 @@ def quantize(
         resolved = resolved.skip(*keep, why=f"kept float in {type(adapter).__name__}")
     bar = bars(progress)
     with _evaluating(denoisers.values()):
-        sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar)
-        jobs = [_Job.plan(name, module, resolved, sets.get(name), memory, seed) for name, module in denoisers.items()]
+        wanted = any(limits) or attention is not None
+        sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar, wanted)
+        plans = {}
+        if any(limits):
+            plans = allocate(
+                pipe_or_module, denoisers, resolved, sets, *limits, prompts=prompts, call_kwargs=call_kwargs,
+                memory=memory, seed=seed, bar=bar,
+            )  # fmt: skip
+        jobs = [
+            _Job.plan(name, module, plans[name].recipe if plans else resolved, sets.get(name), memory, seed)
+            for name, module in denoisers.items()
+        ]
         try:
             for job in jobs:
                 job.run(bar, checkpoint)
+                job.rows += quantize_attention(job.module, attention, job.calls)
             reports = [job.report() for job in jobs]
         except BaseException:
             for job in jobs:
@@ -96,6 +118,8 @@ def quantize(
             raise
     for job, rows in zip(jobs, reports, strict=True):
         job.module.__dict__.update(qgen_recipe=job.recipe, qgen_report=rows)
+        if plans:
+            job.module.__dict__["qgen_allocation"] = plans[job.name].record
         attach(job.module, job.recipe)  # from here on `save_pretrained` writes packed layers
     return pipe_or_module
 
@@ -166,9 +190,10 @@ class _Job:
     def plan(
         cls, name: str, module: nn.Module, recipe: Recipe, calls: CalibrationSet | None, memory: Any, seed: int
     ) -> "_Job":
+        recipe = timed_or_blind(recipe, calls, name or type(module).__name__)
         sites = probe(module, calls.calls[0]) if calls else static_sites(module)
         chosen: list[tuple[Site, Spec]] = []
-        kept = []
+        kept = stacked(module)
         for site in sites:
             spec, why = recipe.resolve(site)
             if spec is None:
@@ -214,7 +239,8 @@ class _Job:
                     left[shares] -= 1
                     if not left[shares]:
                         stats.drop(shares)
-                        if group.sites[0].shape[0] * group.sites[0].shape[1] > 1 << 21:
+                        n, k = group.sites[0].shape[:2]
+                        if n * k > 1 << 21:  # not after each: pages given back cost time to get again
                             _trim()
                     meter.update(1)
                 _trim()
@@ -232,12 +258,7 @@ class _Job:
         made = []
         for index, site in enumerate(group.sites):
             old: Any = self.module.get_submodule(site.path)
-            conv = isinstance(old, nn.Conv2d)
-            new: Packed = (
-                QuantConv2d.from_draft(draft, old, index, old.weight.dtype)
-                if conv
-                else QuantLinear.from_draft(draft, index, old.weight.dtype)
-            )
+            new = packed_layer(draft, old, index)
             why = self.recipe.resolve(site)[1]
             if draft.k_padded != site.shape[1]:
                 why += f"; K padded from {site.shape[1]} to {draft.k_padded}"
@@ -255,15 +276,13 @@ class _Job:
     def _swap(self, path: str, layout: Any, slots: dict, row: dict) -> None:
         """Puts a layer back that an earlier, interrupted run had finished."""
         old: Any = self.module.get_submodule(path)
-        dtype, conv = old.weight.dtype, isinstance(old, nn.Conv2d)
-        new: Packed = (
-            QuantConv2d(old, layout, dtype) if conv else QuantLinear(old.in_features, old.out_features, layout, dtype)
-        )
+        new = empty(old, layout, old.weight.dtype)
         new.fill({name: t.to(old.weight.device) for name, t in slots.items()})
         self._install(path, new, row)
 
     def _install(self, path: str, new: Packed, row: dict) -> dict:
         row["kernel"] = new.prepare()
+        new.path = path
         new.train(False)
         old = self.module.get_submodule(path)
         for alias in [
@@ -271,12 +290,15 @@ class _Job:
         ]:  # shared layers have several
             self.originals[alias] = old
             _replace(self.module, alias, new)
+        clock.wind(self.module)
         self.rows.append(row)
         return row
 
     def undo(self) -> None:
+        remove(self.module)
         for path, layer in self.originals.items():
             _replace(self.module, path, layer)
+        clock.stop(self.module)
 
     def report(self) -> list[dict]:
         """Rows of all layers in the model's order, and one for the whole."""
@@ -307,12 +329,13 @@ def _calls(
     call_kwargs: dict | None,
     seed: int,
     bar: Callable,
+    wanted: bool = False,
 ) -> dict[str, CalibrationSet]:
-    """Calibration calls of each denoiser; {} for recipes that need none and callers that give none."""
+    """Calibration calls of each denoiser; {} for recipes that need none and callers that give none, unless they are `wanted`."""
     bare = isinstance(pipe, nn.Module)
     if prompts is not None and not len(prompts):
         raise ValueError("calibration needs at least one prompt, found none; leave out `prompts` for the built-in set")
-    if calibration is None and not _needs(recipe):
+    if calibration is None and not (wanted or _needs(recipe)):
         return {}
     if bare and calibration is None:
         raise ValueError(

@@ -38,8 +38,8 @@ class Spec:
         formats.get(self.weight)
         if self.act:
             formats.get(self.act)
-        if self.bins != 1:
-            raise ValueError(f"this version has one bin of timesteps for all activations, found bins={self.bins}")
+        if not 1 <= self.bins <= 1024:
+            raise ValueError(f"bins of timesteps are at least 1 and at most 1024, found bins={self.bins}")
 
     def __str__(self) -> str:
         return f"{self.weight} x {self.act or 'float'}"

@@ -8,15 +8,22 @@ from typing import Any
 import torch
 
 from qgen.errors import unknown
+from qgen.methods.adaround import AdaRound
 from qgen.methods.balance import Balance
 from qgen.methods.bias import BiasCorrection
 from qgen.methods.gptq import GPTQ
 from qgen.methods.lowrank import LowRank
 from qgen.methods.reconstruct import Reconstruct
+from qgen.methods.rotate import Rotate
+from qgen.methods.signround import SignRound
 from qgen.methods.smooth import Smooth
+from qgen.methods.temporal import Center, Static, TemporalBias
+from qgen.methods.vq4dit import VQ4DiT
 from qgen.recipe import Recipe, Rule, Spec
 
 _SVDQUANT = (Balance(), LowRank(32, rounds=3), GPTQ(), Reconstruct(rounds=3), BiasCorrection())
+_TIMED = (Center(), *_SVDQUANT[:-1], TemporalBias())
+_STATIC = (Center(), *_SVDQUANT[:-1], Static(), TemporalBias())
 _OUTSIDE = Rule("*", None, role="outside", why="embedder or head, outside the repeated blocks")
 _VECTOR = Rule(
     "*",
@@ -52,6 +59,21 @@ def _recipes() -> dict[str, Recipe]:
             "4-bit weights with integer sub-scales, 8-bit activations, rank 32",
             (),
         ),
+        "temporal-int4": (
+            Spec("int4_g64", "uint4_g64", _TIMED, bins=8),
+            "svdquant-int4 with inputs centred and biases corrected in 8 bins of timesteps",
+            full,
+        ),
+        "w4a8-static": (
+            Spec("int4_s8_g64", "int8_row", _STATIC, bins=8),
+            "w4a8 with activation scales fixed in 8 bins of timesteps: nothing is measured at run time",
+            (),
+        ),
+        "w4a4-static": (
+            Spec("int4_g64", "int4_g64", _STATIC, bins=8),
+            "W4A4, integer, with activation scales fixed in 8 bins of timesteps; text in 8 bits",
+            (_context(*_STATIC),),
+        ),
         "w4a16": (Spec("uint4_g64", None, _SVDQUANT), "4-bit weights, 16-bit activations, rank 32", ()),
         "nunchaku-int4": (
             Spec("int4_g64", "int4_g64", _SVDQUANT, share=True),
@@ -61,6 +83,22 @@ def _recipes() -> dict[str, Recipe]:
         "nunchaku-nvfp4": (
             Spec("nvfp4", "nvfp4_dynamic", _SVDQUANT, share=True),
             "W4A4, NVFP4, as Nunchaku's files hold it",
+            (),
+        ),
+        "vidit-q": (
+            Spec("int4_row", "int8_row", (Smooth(), Rotate())),
+            "4-bit weights per channel, 8-bit activations per token, smoothed and rotated",
+            (),
+        ),
+        "fp4dit": (
+            Spec("fp4_e2m1_g128", "fp8_e4m3_row", (AdaRound(),)),
+            "FP4 weights with learned rounding, FP8 activations",
+            (),
+        ),
+        "signround": (Spec("uint4_g64", None, (SignRound(),)), "4-bit weights with learned rounding and clipping", ()),
+        "vq4dit": (
+            Spec("vq2_d4", None, (VQ4DiT(),)),
+            "2-bit weights: vectors of four and a learned codebook per layer",
             (),
         ),
         "w8a8": (Spec("int8_row", "int8_row", (Smooth(),)), "8-bit integers", ()),

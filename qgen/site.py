@@ -54,7 +54,10 @@ class Draft:
     weight: (N, K) float32, raw basis, never changed. bias: (N,) float32 or None. bias_fix: (N,) added to it by
     bias correction. smooth: (K,) or None. down: (R, K), up: (N, R) or None.
     shift: () added to the raw input, or None. qweight: the rounded target, or None = not rounded yet.
-    clip: factor on the range of each block of weights, (N, Kp / block) or 1. dtype: in which smooth, down and up are stored.
+    clip: factor on the range of each block of weights, (N, Kp / block) or 1. edges: (bins - 1,) timesteps between bins, None = one bin.
+    center: (T, K) added to the input by bin; `inputs`, `output`, statistics are of the centred rows. steps: (T,) static activation
+    scales by bin, times ratio (Kp / block of act,). fixes: (T, N) more bias by bin. T = bins, and a last row for all of them together where
+    there are several. dtype: in which smooth, down and up are stored.
     log: what methods report, by name.
     """
 
@@ -70,6 +73,11 @@ class Draft:
     shift: Tensor | None = None
     qweight: QTensor | None = None
     clip: Tensor | float = 1.0
+    edges: Tensor | None = None
+    center: Tensor | None = None
+    steps: Tensor | None = None
+    ratio: Tensor | None = None
+    fixes: Tensor | None = None
     dtype: torch.dtype = torch.float16
     log: dict = field(default_factory=dict)
 
@@ -91,10 +99,15 @@ class Draft:
             w = torch.nn.functional.pad(w, (0, self.k_padded - w.shape[1]))
         return reference.hadamard_blocks(w, self.hadamard) if self.hadamard else w
 
-    def inputs(self, x: Tensor, quantized: bool = True) -> Tensor:
-        """Rows x (M, K) as the quantized weight sees them, (M, Kp) float32; `quantized=False` leaves out the rounding."""
+    def inputs(self, x: Tensor, quantized: bool = True, bins: Tensor | None = None) -> Tensor:
+        """Rows x (M, K) as the quantized weight sees them, (M, Kp) float32; `quantized=False` leaves out rounding. bins: of the rows."""
         xh = reference.transform_act(x, self.k_padded, self.smooth, self.shift, self.hadamard)
-        return reference.fake_act(xh, self.act) if quantized and self.act else xh
+        if not (quantized and self.act):
+            return xh
+        if self.steps is None:
+            return reference.fake_act(xh, self.act)
+        step = self.steps[-1:] if bins is None else self.steps[bins]  # (M,) or (1,)
+        return reference.fake_act(xh, self.act, step[:, None] * self.ratio)
 
     def rounded(self) -> "Draft":
         """Itself with the target rounded to nearest, if no method has rounded it yet."""
@@ -135,6 +148,29 @@ class Draft:
         """Bias (N,) of the finished layer, or None."""
         parts = [part for part in (self.bias, self.offset()) if part is not None]
         return sum(parts[1:], parts[0]) if parts else None
+
+    def tables(self, rows: slice, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """Timed slots of the finished layer's outputs `rows`, as `qgen.nn.clock` reads them, and its static activation scales."""
+        found: dict[str, Tensor | None] = {}
+        if self.steps is not None:
+            one = len(self.steps) == 1
+            found = {
+                "act_scale": self.ratio * self.steps if one else self.ratio,
+                "t_scale": None if one else self.steps,
+            }
+        if self.center is not None or self.fixes is not None or found.get("t_scale") is not None:
+            bias = self.folded_bias()
+            bias = self.weight.new_zeros(1, len(self.weight)) if bias is None else bias[None]
+            bias = bias if self.fixes is None else bias + self.fixes
+            bias = bias if self.center is None else bias - self.center @ self.weight.T
+            count = 1 if self.edges is None else len(self.edges) + 2
+            # under t_scale the op's own bias would be scaled
+            found["t_bias"] = bias[:, rows].expand(count, -1).to(dtype)
+        if self.center is not None:
+            found["t_shift"] = self.center.to(self.dtype)
+        timed = any(found.get(name) is not None for name in ("t_shift", "t_scale", "t_bias"))
+        found["t_edges"] = self.edges if timed else None
+        return found
 
     def stored(self, t: Tensor) -> Tensor:
         """t after a trip through the storage dtype, float32: what the finished layer will really use."""

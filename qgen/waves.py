@@ -8,16 +8,19 @@ __all__ = ["Group", "Observed", "Traffic", "Wave", "measure", "plan", "solve"]
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from qgen.calibration.base import CalibrationSet
+from qgen.calibration.moments import Moments, fine_edges
 from qgen.calibration.observers import AbsMax, Gram, Reservoir
 from qgen.errors import BadData
-from qgen.methods.base import Judge, Stats, refine, sqnr_db
-from qgen.nn.conv import unfold
+from qgen.methods.base import Stats, refine, sqnr_db
+from qgen.methods.temporal import begin, fit_judge
+from qgen.nn.kinds import matrix, rows_of
+from qgen.probe import input_of
 from qgen.recipe import Spec
 from qgen.site import Draft, Site
 
@@ -51,16 +54,19 @@ class Wave:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What will flow through the model, as far as it is known before: calls that are fitted (0 = unknown), bytes per activation."""
+    """What will flow through the model, as far as it is known before: calls that are fitted (0 = unknown), bytes per activation, and the
+    edges between distinct timesteps."""
 
     calls: int = 0
     itemsize: int = 4
+    edges: Tensor = field(default_factory=lambda: fine_edges(()))
 
     @classmethod
     def of(cls, module: nn.Module, calls: CalibrationSet) -> "Traffic":
         """Activations come in the dtype of the weights that made them."""
         sizes = [p.element_size() for p in module.parameters() if p.is_floating_point()]
-        return cls(sum(not call.moment.held for call in calls.calls), max(2, max(sizes, default=4)))
+        edges = fine_edges(call.moment.t for call in calls.calls)
+        return cls(sum(not call.moment.held for call in calls.calls), max(2, max(sizes, default=4)), edges)
 
 
 def plan(specs: Iterable[tuple[Site, Spec]], budget: int, traffic: Traffic = Traffic()) -> list[Wave]:
@@ -104,6 +110,7 @@ def _observers(groups: Iterable[Group], traffic: Traffic, seed: int = 0) -> dict
                 "rows": lambda s=site: Reservoir(rows_for(s.shape[1]), seed, traffic.itemsize),
                 "gram": lambda s=site: Gram(s.tokens * traffic.calls, traffic.itemsize),
                 "absmax": AbsMax,
+                "moments": lambda: Moments(traffic.edges),
             }
             if need not in bank:
                 bank[need] = kinds[need]()
@@ -158,8 +165,8 @@ def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, pro
     moment = None
 
     def hook(site: Site) -> Callable:
-        def observe(layer: nn.Module, args: tuple) -> None:
-            rows = unfold(args[0], layer)[0] if site.kind == "conv2d" else args[0]
+        def observe(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            rows = rows_of(input_of(args, kwargs), layer)
             rows = rows.detach().reshape(-1, rows.shape[-1])
             if not bool(torch.isfinite(rows).all()):
                 raise BadData(
@@ -172,7 +179,10 @@ def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, pro
 
         return observe
 
-    hooks = [module.get_submodule(site.path).register_forward_pre_hook(hook(site)) for site in first.values()]
+    hooks = [
+        module.get_submodule(site.path).register_forward_pre_hook(hook(site), with_kwargs=True)
+        for site in first.values()
+    ]
     try:
         for call in progress(calls.calls):
             moment = call.moment
@@ -198,13 +208,16 @@ def _stats(bank: dict) -> Stats:
         gram=gram and gram.mean,
         absmax=absmax and absmax.absmax,
         absmean=absmax and absmax.mean,
+        moments=bank.get("moments"),
+        fit_t=rows and rows.times(False),
+        held_t=rows and rows.times(True),
     )
 
 
 def solve(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Draft, dict]:
     """The finished draft of a group and what the report says of it."""
     layers = [module.get_submodule(site.path) for site in group.sites]
-    weight = torch.cat([layer.weight.detach().flatten(1).float() for layer in layers])
+    weight = torch.cat([matrix(layer).float() for layer in layers])
     given = [layer.bias for layer in layers]
     bias = None
     if any(b is not None for b in given):
@@ -224,13 +237,14 @@ def solve(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Dra
     )
     word = hashlib.sha256(f"{seed}/{group.sites[0].path}".encode()).digest()
     stats = replace(stats, seed=int.from_bytes(word[:6], "little"))
+    draft, stats = begin(draft, stats)
     draft = refine(draft, stats)
     if stats.judge is None:
         error = {"weight_sqnr_db": sqnr_db(_weight_error(draft))}
     else:
         error = {
             "sqnr_db": sqnr_db(stats.judge.error(draft)),
-            "sqnr_fit_db": sqnr_db(Judge(stats.fit[:256]).error(draft)),
+            "sqnr_fit_db": sqnr_db(fit_judge(stats, 256).error(draft)),
         }
     return draft, error
 

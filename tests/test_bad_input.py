@@ -41,9 +41,9 @@ def test_a_pipeline_without_denoiser_lists_its_parts():
 
 def test_a_module_without_layers():
     refused(
-        NotQuantizable, r"has no nn\.Linear or nn\.Conv2d layer", nn.Sequential(nn.GELU(), nn.LayerNorm(8)), "rtn-int4"
+        NotQuantizable, r"has no nn\.Linear or convolution layer", nn.Sequential(nn.GELU(), nn.LayerNorm(8)), "rtn-int4"
     )
-    refused(NotQuantizable, r"has no nn\.Linear or nn\.Conv2d layer", nn.GELU(), "rtn-int4")
+    refused(NotQuantizable, r"has no nn\.Linear or convolution layer", nn.GELU(), "rtn-int4")
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(32, 32, 3)], ids=["linear", "conv"])
@@ -162,9 +162,15 @@ def test_memory_that_is_understood(text, value):
     assert parse_bytes(text) == value
 
 
-@pytest.mark.parametrize("option", ["budget", "attention"])
-def test_options_without_effect_are_refused(option):
-    refused(ValueError, f"{option}='int4': this version", tiny.plain(), "rtn-int4", **{option: "int4"})
+@pytest.mark.parametrize("attention", ["int4", "sage"])
+def test_attention_that_is_not_known(attention):
+    refused(ValueError, f"attention {attention!r}", tiny.plain(), "rtn-int4", attention=attention)
+
+
+@pytest.mark.parametrize("options", [{"budget": "int4"}, {"budget": 4.5}, {"quality": "good"}])
+def test_budgets_and_qualities_that_say_nothing(options):
+    words = "a budget is text such as '4.5 bits'" if "budget" in options else "a quality is text such as 'psnr>=30'"
+    refused(ValueError, words, tiny.plain(), "rtn-int4", **options)
 
 
 def test_a_checkpoint_that_is_a_file(tmp_path):

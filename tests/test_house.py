@@ -31,7 +31,7 @@ LAYERS = (
     ("io", "train", "allocate", "waves", "recipes", "resume"),
     ("engine", "show", "emoji_pipeline", "demo"),
     ("qgen",),
-    ("nodes", "demos", "eval", "cli", "__main__"),
+    ("nodes", "demos", "eval", "web", "cli", "__main__"),
 )
 RANK = {part: rank for rank, line in enumerate(LAYERS) for part in line}
 

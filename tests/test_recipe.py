@@ -98,7 +98,7 @@ GOOD = json.loads(Recipe(OTHER, (Rule("*", SPEC), Rule("a", None))).to_json())
         (lambda d: d["default"].update(weight=4), "weight of Spec is str, found 4"),
         (lambda d: d["default"].update(weight=""), "unknown number format ''"),
         (lambda d: d["default"].pop("weight"), "a Spec needs the key 'weight'"),
-        (lambda d: d["default"].update(bins=0), "one bin of timesteps for all activations, found bins=0"),
+        (lambda d: d["default"].update(bins=0), "at least 1 and at most 1024, found bins=0"),
         (lambda d: d["default"].update(bins="many"), "bins of Spec is int, found 'many'"),
         (
             lambda d: d["default"]["methods"][1].update(method="lowrnk"),

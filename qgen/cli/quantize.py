@@ -27,6 +27,12 @@ def quantize(
     memory: Annotated[
         str | None, typer.Option(help="For calibration statistics, such as 2GiB; less means more replays.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Mixed precision within '4.5 bits' on average, '6 GiB', or '12 ms' of layers.")
+    ] = None,
+    quality: Annotated[
+        str | None, typer.Option(help="The smallest mixture that reaches 'psnr>=30', 'ssim>=0.9' or 'sqnr>=20'.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for progress: the same command goes on from there.")
     ] = None,
@@ -38,6 +44,7 @@ def quantize(
     """Quantize a model's denoisers to 4 bits, save it, and write a report."""
     from rich.console import Console
 
+    from qgen.allocate import asked
     from qgen.calibration.recorder import Recorder
     from qgen.checks import parse_bytes
     from qgen.cli.common import claim, device_of, load, note, own_prompts, read_prompts, read_recipe, typed
@@ -52,6 +59,7 @@ def quantize(
     given = read_prompts(prompts)
     if memory is not None:
         parse_bytes(memory)
+    limits = asked(budget, quality)
     again = (
         f"; the same command goes on from {checkpoint}"
         if checkpoint
@@ -61,11 +69,11 @@ def quantize(
     pipe = load(model, dtype, device)
     given = given or own_prompts(pipe, "calibration")
     specs = [chosen.default, *(rule.spec for rule in chosen.rules)]
-    calibrate = hasattr(pipe, "components") and any(spec.methods for spec in specs if spec)
+    calibrate = hasattr(pipe, "components") and (any(limits) or any(spec.methods for spec in specs if spec))
     note(f"quantizing {type(pipe).__name__} with {chosen.name}")
     run(
         pipe, chosen, prompts=given, call_kwargs={"num_inference_steps": steps} if steps else None, memory=memory, checkpoint=checkpoint,
-        calibration=Recorder(samples, keep) if calibrate else None, seed=seed,
+        calibration=Recorder(samples, keep) if calibrate else None, seed=seed, budget=limits[0], quality=limits[1],
     )  # fmt: skip
     save(pipe, out)
     page = report(pipe, out / "report.html", commands=[typed(ctx)])

@@ -1,13 +1,12 @@
-"""From file to file, and from a peer's file into a live model: `convert`, `export`, `load_peer`.
+"""From file to file: `convert` quantizes a file of floats, `export` writes what is quantized for others.
 
 Each is one stream of parts (`qgen.io.peers.base`): a few tensors are in memory at a time, and the target appears whole or not at all.
 """
 
-__all__ = ["convert", "export", "load_peer"]
+__all__ = ["convert", "export"]
 
 import contextlib
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,24 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qgen import recipes
 from qgen.errors import BadCheckpoint, NotQuantizable
-from qgen.io import skeleton
 from qgen.io.config import DATA_FREE
 from qgen.io.datafree import quantized
 from qgen.io.files import parse
 from qgen.io.keys import Plan, original, outward, plan
-from qgen.io.keys.deferred import Deferred, defer, rows, sources, value
-from qgen.io.keys.fused import picked
-from qgen.io.parts import Parts, check, floats, importer_for, model_of, of_module, unknown_file
+from qgen.io.keys.deferred import defer
+from qgen.io.parts import Parts, component, config_of, floats, importer_for, model_of, of_module, unknown_file
 from qgen.io.peers.base import Layer, Model, Plain, Source, exporters
-from qgen.io.peers.source import json_beside, nbytes, open_source
+from qgen.io.peers.source import nbytes, open_source
 from qgen.io.peers.writer import SafetensorsWriter
 from qgen.models import adapter_for
-from qgen.nn import QuantConv2d, QuantLinear
 from qgen.nn.packed import Packed
 from qgen.recipe import Recipe
 
@@ -135,12 +130,12 @@ def export(
     keys = _keys(keys, exporter)
     if not isinstance(x, (str, Path)):
         module = _denoiser(x)
-        config = {key: value for key, value in _config_of(module).items() if key != "quantization_config"}
+        config = {key: value for key, value in config_of(module).items() if key != "quantization_config"}
         recipe = getattr(module, "qgen_recipe", None)
         about = Model(type(module).__name__, config, {"recipe": recipe.to_json(None)} if recipe else {})
         parts, said = _outward(of_module(module), module.state_dict(), about.kind, keys)
         return said + exporter.write(parts, target, about=about, **options)
-    source = open_source(_component(Path(x)))
+    source = open_source(component(Path(x)))
     found = importer_for(source)
     if found is None:
         raise BadCheckpoint(unknown_file(source))
@@ -151,135 +146,6 @@ def export(
     watched = source if progress is None else _Watched(source, progress)
     parts, said = _outward(Parts(found[1].parts(watched), len(source.shapes)), source.shapes, about.kind, keys)
     return said + exporter.write(parts, target, about=about, **options)
-
-
-def load_peer(path: str | Path, into: nn.Module) -> nn.Module:
-    """Fills a live float module with a quantized file of any project that qgen imports, and returns it with packed layers.
-
-    Arguments:
-        path: the file or folder. Names of original layouts are turned into diffusers', fused layers are split.
-        into: the float model of the same architecture; it keeps its device.
-
-    Raises BadCheckpoint if no importer knows the file or it does not fit, ValueError if `into` is quantized. Nothing is changed then.
-    """
-    source = open_source(_component(Path(path)))
-    found = importer_for(source)
-    if found is None:
-        raise BadCheckpoint(unknown_file(source))
-    if any(isinstance(layer, Packed) for layer in into.modules()):
-        raise ValueError(f"`into` is quantized already: pass a float {type(into).__name__}")
-    layers: dict[str, Layer] = {}
-    plains: dict[str, Tensor] = {}
-    for part in found[1].parts(source):
-        if isinstance(part, Layer):
-            layers[part.path] = check(part)
-        else:
-            plains[part.name] = part.tensor
-    wanted = into.state_dict()
-    if not all(f"{path}.weight" in wanted for path in layers):
-        layers, plains = _renamed(layers, plains, into, source)
-    made = {path: _packed(into, path, layer, source) for path, layer in layers.items()}
-    _fits(into, made, plains, source)
-    device = next((p.device for p in into.parameters()), torch.device("cpu"))
-    for path, layer in made.items():
-        layer.fill({slot: t.to(device) for slot, t in layers[path].slots.items()})
-        layer.prepare()
-    skeleton.swap(into, skeleton.Plan(made))
-    for name, tensor in plains.items():
-        if name in wanted:
-            _assign(into, name, tensor.to(device))
-    into.__dict__["qgen_report"] = [
-        getattr(layer, "row", None) or {"path": p, "why": layer.note} for p, layer in layers.items()
-    ]
-    return into
-
-
-def _renamed(
-    layers: dict[str, Layer], plains: dict[str, Tensor], into: nn.Module, source: Source
-) -> tuple[dict[str, Layer], dict[str, Tensor]]:
-    """Parts under diffusers' names: packed layers are cut by rows as the conversion cuts their weights."""
-    shapes = {f"{path}.weight": layer.shape for path, layer in layers.items()} | {
-        n: tuple(t.shape) for n, t in plains.items()
-    }
-    dtypes = {f"{path}.weight": layer.dtype for path, layer in layers.items()} | {n: t.dtype for n, t in plains.items()}
-    biases = {f"{path}.bias": layer.slots["bias"] for path, layer in layers.items() if "bias" in layer.slots}
-    shapes |= {name: tuple(t.shape) for name, t in biases.items()}
-    dtypes |= {name: t.dtype for name, t in biases.items()}
-    planned = plan(shapes, dtypes, source.where, {"_class_name": type(into).__name__, **_config_of(into)})
-    made: dict[str, Layer] = {}
-    rest: dict[str, Tensor] = {}
-    for name, tensor in planned.tensors.items():
-        path, _, leaf = name.rpartition(".")
-        used = tensor.made if isinstance(tensor, Deferred) and isinstance(tensor.made, str) else ""
-        stored = used.removesuffix(".weight")
-        if used and used.endswith(".weight") and stored in layers:
-            made[path] = replace(layers[stored], path=path)
-        elif leaf == "weight" and (cut := _cut(tensor, layers, path, source)) is not None:
-            made[path] = cut
-        else:
-            rest[name] = value(tensor, lambda n: plains[n] if n in plains else biases[n]).clone()
-    return made, {name: t for name, t in rest.items() if not (name.endswith(".bias") and name[: -len(".bias")] in made)}
-
-
-def _cut(tensor: Tensor, layers: dict[str, Layer], path: str, source: Source) -> Layer | None:
-    """The rows of a packed layer that make the deferred weight; None if it is made of ordinary tensors."""
-    stored = [name for name in sources(tensor) if name.removesuffix(".weight") in layers and name.endswith(".weight")]
-    if not stored:
-        return None
-    try:
-        name, chosen = rows(tensor)
-    except ValueError as error:
-        raise BadCheckpoint(f"{source.where}: {path!r} cannot be made of packed layers: {error}") from None
-    layer = layers[name.removesuffix(".weight")]
-    if chosen is None:
-        return replace(layer, path=path)
-    return picked(layer, chosen, path)
-
-
-def _packed(into: nn.Module, path: str, layer: Layer, source: Source) -> Packed:
-    """An empty packed layer on meta in the place of `into`'s float layer."""
-    old = dict(into.named_modules(remove_duplicate=False)).get(path)
-    wanted = nn.Conv2d if layer.kind == "conv2d" else nn.Linear
-    kind = type(into).__name__
-    if not isinstance(old, wanted) or not path:
-        there = "no such layer" if old is None else f"a {type(old).__name__} there"
-        raise BadCheckpoint(
-            f"{source.where}: holds the quantized {path!r}, and {kind} has {there}; is it of another architecture?"
-        )
-    if tuple(old.weight.shape) != tuple(layer.shape):
-        raise BadCheckpoint(
-            f"{source.where}: {path!r} has the shape {layer.shape}, {kind} wants {tuple(old.weight.shape)}"
-        )
-    if old.bias is not None and "bias" not in layer.slots:
-        raise BadCheckpoint(f"{source.where}: {path!r} has no bias, and {kind} has one there")
-    if wanted is nn.Conv2d:
-        return QuantConv2d(old, layer.layout, layer.dtype)
-    return QuantLinear(math.prod(layer.shape[1:]), layer.shape[0], layer.layout, layer.dtype)
-
-
-def _fits(into: nn.Module, made: dict[str, Packed], plains: dict[str, Tensor], source: Source) -> None:
-    kind, parameters = type(into).__name__, dict(into.named_parameters(remove_duplicate=False))
-    for name, tensor in into.state_dict().items():
-        if name.rpartition(".")[0] in made:
-            continue
-        if name not in plains:
-            if name in parameters:
-                raise BadCheckpoint(
-                    f"{source.where}: lacks {name!r}, which {kind} wants; is it of another architecture?"
-                )
-        elif plains[name].shape != tensor.shape:
-            raise BadCheckpoint(
-                f"{source.where}: {name!r} has the shape {tuple(plains[name].shape)}, {kind} wants {tuple(tensor.shape)}"
-            )
-
-
-def _assign(into: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    parent = into.get_submodule(path)
-    if leaf in parent._parameters:
-        parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        parent._buffers[leaf] = tensor
 
 
 def _keys(keys: str, exporter: Any) -> str:
@@ -368,16 +234,6 @@ def _config(given: str | Path | dict | None) -> dict:
     return parse(path.read_bytes(), path)
 
 
-def _config_of(module: nn.Module) -> dict:
-    """config.json's content of a model of diffusers or transformers, {} for others."""
-    config = getattr(module, "config", None)
-    if hasattr(config, "to_dict"):  # transformers
-        return {**config.to_dict(), "architectures": [type(module).__name__]}
-    if hasattr(module, "to_json_string") and hasattr(module, "config_name"):  # diffusers
-        return json.loads(module.to_json_string())
-    return {}
-
-
 def _denoiser(x: Any) -> nn.Module:
     found = {
         name: module
@@ -391,18 +247,3 @@ def _denoiser(x: Any) -> nn.Module:
             f"{type(x).__name__} has several quantized denoisers, a file holds one: pass {' or '.join(found)}"
         )
     return next(iter(found.values()))
-
-
-def _component(path: Path) -> Path:
-    """The folder of a pipeline's only quantized component; other paths as they are."""
-    if not (path / "model_index.json").is_file():
-        return path
-    found = [
-        config.parent
-        for config in sorted(path.glob("*/config.json"))
-        if isinstance(json_beside(config).get("quantization_config"), dict)
-    ]
-    if len(found) != 1:
-        names = ", ".join(part.name for part in found) or "none of its components is quantized"
-        raise ValueError(f"{path} is a pipeline; name one quantized component in it: {names}")
-    return found[0]

@@ -2,17 +2,22 @@
 
 __all__ = ["dequantize"]
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from qgen.nn import QuantConv2d
+from qgen.io.peers.base import Layer
+from qgen.io.peers.floats import dequantized
+from qgen.nn.kinds import CONVOLUTIONS, kind_of
 from qgen.nn.packed import Packed
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replaces every packed layer of `model`, in place, by a float layer in `dtype` (default: what the layer computes in).
 
-    The new layers round no activations; their weights are the packed ones, low-rank branch included.
+    The new layers round no activations; their weights are the packed ones, low-rank branch included, and
+    biases no longer hold what undoes a shift of the inputs.
     """
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Packed):
@@ -25,10 +30,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return model
 
 
-def _float(layer: Packed, dtype: torch.dtype) -> nn.Module:
-    bias = layer.bias is not None
-    if isinstance(layer, QuantConv2d):
-        made: nn.Module = nn.Conv2d(
+def _float(layer: Any, dtype: torch.dtype) -> nn.Module:
+    canonical = layer.canonical()
+    bias = layer.bias is not None or "shift" in canonical
+    kind = kind_of(layer)
+    if kind in CONVOLUTIONS:
+        made: Any = CONVOLUTIONS[kind][0](
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
@@ -40,6 +47,8 @@ def _float(layer: Packed, dtype: torch.dtype) -> nn.Module:
         )
     else:
         made = nn.Linear(layer.k, layer.n, bias=bias, device="meta")
-    values = {"weight": layer.dequantize(dtype)} | ({"bias": layer.canonical()["bias"].to(dtype)} if bias else {})
+    shape = tuple(made.weight.shape)
+    weight, moved = dequantized(Layer("", shape, layer.layout, canonical, layer.compute_dtype))
+    values = {"weight": weight.to(dtype)} | ({"bias": moved.to(dtype)} if moved is not None else {})
     made.load_state_dict(values, assign=True)
     return made

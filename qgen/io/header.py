@@ -2,7 +2,7 @@
 
     {"format": 1, "qgen": version, "torch": version, "model": {"library", "class", "dtype"}, "recipe": {…}, "report": [rows],
      "layers": [{"path", "kind", layout…}], "tensors": {name: sha256}, "aliases": {name: name it is tied to},
-     "buffers": {name: dtype of a buffer that files do not hold}, "sha256": of all the rest}
+     "buffers": {name: dtype of a buffer that files do not hold}, "attention": {…} or null, "sha256": of all the rest}
 
 The digests tell damage from what was saved; they are no signature: who can rewrite the file can rewrite them.
 """
@@ -11,7 +11,7 @@ __all__ = ["KEY", "VERSION", "Header", "LayerEntry", "collect", "dtype_of", "hea
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from qgen import formats
 from qgen.errors import BadCheckpoint, QgenError
 from qgen.io.files import DTYPES, Files, digest, parse
-from qgen.kernels.ops import SLOTS
-from qgen.nn.packed import Layout, Packed
+from qgen.nn.attention import Choices
+from qgen.nn.clock import TIMED
+from qgen.nn.packed import STORED, Layout, Packed
 from qgen.recipe import Recipe
 
 KEY, VERSION = "qgen", 1
-_KINDS = ("linear", "conv2d")
+_KINDS = ("linear", "conv1d", "conv2d", "conv3d")
 _MOST = 1 << 20  # ranks and Hadamard sizes beyond this are damage, not layers
 
 
@@ -51,10 +52,13 @@ class Header:
     model: dict[str, str] = field(default_factory=dict)
     recipe: Recipe | None = None
     report: list[dict] = field(default_factory=list)
+    attention: Choices | None = None
 
     def to_json(self) -> str:
         """One line of JSON that depends on the content alone."""
-        layers = [{"path": e.path, "kind": e.kind, **asdict(e.layout), "dtype": str(e.dtype)[6:]} for e in self.layers]
+        layers = [
+            {"path": e.path, "kind": e.kind, **e.layout.to_dict(), "dtype": str(e.dtype)[6:]} for e in self.layers
+        ]
         data = {
             "format": VERSION,
             "qgen": _version(),
@@ -63,6 +67,7 @@ class Header:
             "recipe": self.recipe and json.loads(self.recipe.to_json()),
             "layers": sorted(layers, key=lambda e: e["path"]),
             "report": self.report,
+            "attention": self.attention and self.attention.to_dict(),
             "aliases": self.aliases,
             "buffers": self.buffers,
             "tensors": self.tensors,
@@ -80,6 +85,7 @@ def note(module: nn.Module, state: dict[str, Tensor], prefix: str, local: dict) 
         "model": {"library": library(module), "class": type(module).__name__, "dtype": str(dtype_of(module))[6:]},
         "recipe": getattr(module, "qgen_recipe", None),
         "report": getattr(module, "qgen_report", None) or [],
+        "attention": getattr(module, "qgen_attention", None),
         "buffers": {name: str(b.dtype)[6:] for name, b in sorted(unsaved.items())},
     }
 
@@ -185,16 +191,22 @@ def _parsed(data: dict, where: Path) -> Header:
         recipe = data.get("recipe") and Recipe.from_json(json.dumps(data["recipe"]))
     except (ValueError, TypeError, KeyError) as error:
         raise BadCheckpoint(f"{where}: its recipe cannot be read: {error}") from error
+    try:
+        attention = None if data.get("attention") is None else Choices.from_dict(data["attention"])
+    except ValueError as error:
+        raise BadCheckpoint(f"{where}: {error}") from None
     known = {str(dtype)[6:] for dtype in DTYPES.values()}
     if data["model"].get("dtype") not in known or not set(data["buffers"].values()) <= known:
         raise BadCheckpoint(f"{where}: its header names a dtype that torch lacks")
-    return Header(layers, data["tensors"], data["aliases"], data["buffers"], data["model"], recipe, data["report"])
+    return Header(
+        layers, data["tensors"], data["aliases"], data["buffers"], data["model"], recipe, data["report"], attention
+    )
 
 
 def _entry(item: Any, where: Path | str) -> LayerEntry:
     """A layer's description as data to a LayerEntry, every field checked."""
     keys = {"path", "kind", "weight", "act", "rank", "hadamard", "slots", "dtype"}
-    if not isinstance(item, dict) or set(item) != keys:
+    if not isinstance(item, dict) or set(item) - {"bins"} != keys:
         found = sorted(item) if isinstance(item, dict) else type(item).__name__
         raise BadCheckpoint(f"{where}: a layer is described by {', '.join(sorted(keys))}, found {found}")
     path, dtype = item["path"], getattr(torch, str(item["dtype"]), None)
@@ -203,9 +215,13 @@ def _entry(item: Any, where: Path | str) -> LayerEntry:
         and item["kind"] in _KINDS
         and dtype in (torch.float32, torch.float16, torch.bfloat16)
         and all(type(item[key]) is int and 0 <= item[key] <= _MOST for key in ("rank", "hadamard"))
+        and type(item.get("bins", 0)) is int
+        and 0 <= item.get("bins", 0) <= _MOST
+        and bool(item.get("bins", 0)) == bool(set(TIMED) & set(item["slots"]))
+        and ("t_edges" in item["slots"]) == (item.get("bins", 0) > 1)
         and not item["hadamard"] & (item["hadamard"] - 1)
         and isinstance(item["slots"], (list, tuple))
-        and set(item["slots"]) <= set(SLOTS)
+        and set(item["slots"]) <= set(STORED)
         and isinstance(item["weight"], str)
         and isinstance(item["act"], str)
         and bool(item["rank"]) == ("down" in item["slots"]) == ("up" in item["slots"])
@@ -227,7 +243,7 @@ def _entry(item: Any, where: Path | str) -> LayerEntry:
     return LayerEntry(
         path,
         item["kind"],
-        Layout(item["weight"], item["act"], item["rank"], item["hadamard"], tuple(item["slots"])),
+        Layout(item["weight"], item["act"], item["rank"], item["hadamard"], tuple(item["slots"]), item.get("bins", 0)),
         dtype,
     )
 
@@ -236,7 +252,7 @@ def _check_slots(entry: LayerEntry, files: Files, where: Path) -> None:
     """That exactly the slots of the layout are there. Shapes are compared once the module is known."""
     prefix = entry.path + "." if entry.path else ""
     wanted = {"codes", "scales", *entry.layout.slots}
-    found = {slot for slot in SLOTS if prefix + slot in files.tensors}
+    found = {slot for slot in STORED if prefix + slot in files.tensors}
     if wanted != found:
         raise BadCheckpoint(
             f"{where}: {entry.path!r} wants the slots {', '.join(sorted(wanted))}, found {', '.join(sorted(found)) or 'none'}"

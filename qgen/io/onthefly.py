@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qgen.errors import BadData
 from qgen.io.config import DATA_FREE
 from qgen.models import adapter_for
-from qgen.nn import QuantConv2d, QuantLinear
+from qgen.nn import packed_layer
+from qgen.nn.kinds import matrix
 from qgen.nn.packed import Packed
 from qgen.probe import static_sites
 from qgen.recipe import Recipe, Spec
@@ -55,7 +56,7 @@ def steps(model: nn.Module, recipe: Recipe, skip: tuple[str, ...] = ()) -> dict[
     return found
 
 
-def quantize(layer: nn.Linear | nn.Conv2d, weight: Tensor, step: Step, dtype: torch.dtype) -> tuple[Packed, dict]:
+def quantize(layer: nn.Module, weight: Tensor, step: Step, dtype: torch.dtype) -> tuple[Packed, dict]:
     """A packed layer for `layer` with the float `weight`, on the weight's device; and its row of the report.
 
     The bias is taken over as it is, possibly still without data. BadData if the weight is not finite.
@@ -67,19 +68,18 @@ def quantize(layer: nn.Linear | nn.Conv2d, weight: Tensor, step: Step, dtype: to
         raise BadData(
             f"the weight of {path!r} holds NaN or infinity; the file is damaged or overflowed when it was cast"
         )
-    draft = refine(Draft((step.site,), step.spec, weight.detach().float().flatten(1)), Stats())
+    draft = refine(Draft((step.site,), step.spec, matrix(layer, weight).float()), Stats())
     if draft.shift is not None:
         raise ValueError(
             f"{path!r}: a method shifts the input, which needs the bias; call qgen.quantize on the loaded model"
         )
-    if isinstance(layer, nn.Conv2d):
-        packed: Packed = QuantConv2d.from_draft(draft, layer, dtype=dtype)
-    else:
-        packed = QuantLinear.from_draft(draft, dtype=dtype)
+    packed = packed_layer(draft, layer, dtype=dtype)
     if layer.bias is not None:
         packed.bias = layer.bias.requires_grad_(False)
-    values = packed.dequantize(torch.float32)
-    lost = float((values - weight.float()).square().sum() / weight.float().square().sum().clamp_min(1e-30))
+    wanted = matrix(layer, weight).float()
+    lost = float(
+        (packed.dequantize(torch.float32).flatten(1) - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30)
+    )
     row = {
         "path": path,
         "kind": step.site.kind,

@@ -3,11 +3,14 @@
 float weight = residual · Hᵀ / smooth + up · down          float bias = bias + residual · ((shift / smooth) H)
 """
 
-__all__ = ["Parts", "Reported", "check", "floats", "importer_for", "model_of", "of_module", "to_json", "unknown_file"]
+__all__ = [
+    "Parts", "Reported", "check", "component", "config_of", "floats", "importer_for", "model_of", "of_module", "to_json", "unknown_file",
+]  # fmt: skip
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from qgen.errors import BadCheckpoint
 from qgen.io.files import parse
 from qgen.io.peers.base import Importer, Layer, Model, Plain, Source, importers
 from qgen.io.peers.floats import dequantized
+from qgen.io.peers.source import json_beside
 from qgen.nn.packed import FLOAT_SLOTS, Packed
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,6 +91,10 @@ def of_module(module: nn.Module) -> Parts:
         for path, layer in layers.items():
             if layer.codes.device.type == "meta":
                 raise ValueError(f"{path!r} is offloaded and has no data here: remove offloading hooks, then export")
+            if layer.timed:
+                raise ValueError(
+                    f"{path!r} has tables over timesteps, which no other format holds: quantize with bins=1 and export that"
+                )
             shape, slots = tuple(layer._weight_shape()), {name: t.cpu() for name, t in layer.canonical().items()}
             yield Reported(path, shape, layer.layout, slots, layer.compute_dtype, "", rows.get(path, {}))
         inside = tuple(path + "." for path in layers)
@@ -130,3 +138,28 @@ def floats(parts: Iterable[Layer | Plain], dtype: torch.dtype | None = None) -> 
 def to_json(data: Any) -> str:
     """JSON text that depends on the content alone."""
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+
+def config_of(module: nn.Module) -> dict:
+    """config.json's content of a model of diffusers or transformers, {} for others."""
+    config = getattr(module, "config", None)
+    if hasattr(config, "to_dict"):  # transformers
+        return {**config.to_dict(), "architectures": [type(module).__name__]}
+    if hasattr(module, "to_json_string") and hasattr(module, "config_name"):  # diffusers
+        return json.loads(module.to_json_string())
+    return {}
+
+
+def component(path: Path) -> Path:
+    """The folder of a pipeline's only quantized component; other paths as they are."""
+    if not (path / "model_index.json").is_file():
+        return path
+    found = [
+        config.parent
+        for config in sorted(path.glob("*/config.json"))
+        if isinstance(json_beside(config).get("quantization_config"), dict)
+    ]
+    if len(found) != 1:
+        names = ", ".join(part.name for part in found) or "none of its components is quantized"
+        raise ValueError(f"{path} is a pipeline; name one quantized component in it: {names}")
+    return found[0]

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from qgen.errors import BadCheckpoint
 from qgen.io.files import Files
 from qgen.io.header import Header, LayerEntry
-from qgen.nn import QuantConv2d, QuantLinear
+from qgen.nn import attention, clock
+from qgen.nn.kinds import empty, kind_of
 from qgen.nn.packed import FLOAT_SLOTS, Packed
 
-_KINDS = {"linear": (nn.Linear, QuantLinear), "conv2d": (nn.Conv2d, QuantConv2d)}
+_NAMES = {"linear": "Linear", "conv1d": "Conv1d", "conv2d": "Conv2d", "conv3d": "Conv3d"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,6 +39,10 @@ def plan(module: nn.Module, header: Header, files: Files, where: Path, dtype: to
     dtype: in which the layers shall compute; None = as saved. Raises BadCheckpoint with the first thing that does not fit.
     """
     modules = dict(module.named_modules(remove_duplicate=False))
+    try:
+        (header.attention or attention.Choices()).check(module)
+    except ValueError as error:
+        raise BadCheckpoint(f"{where}: {error}; is it of another architecture?") from None
     layers = {entry.path: _empty(modules.get(entry.path), entry, module, where, dtype) for entry in header.layers}
     wanted = {
         name: t
@@ -78,6 +84,7 @@ def swap(module: nn.Module, plan: Plan) -> None:
     """Puts the plan's layers into the module."""
     for path, layer in plan.layers.items():
         parent, _, name = path.rpartition(".")
+        layer.path = path
         setattr(module.get_submodule(parent), name, layer.train(module.training))
 
 
@@ -117,7 +124,10 @@ def finish(module: nn.Module, header: Header, buffers: bool = True) -> None:
                 p.requires_grad_(False)
             if layer.kernel is None:
                 layer.prepare()
+    clock.wind(module)
     module.qgen_recipe, module.qgen_report = header.recipe, header.report
+    if header.attention is not None:
+        attention.install(module, header.attention)
 
 
 @contextlib.contextmanager
@@ -137,26 +147,21 @@ def without_memory() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _empty(
-    found: nn.Module | None, entry: LayerEntry, module: nn.Module, where: Path, dtype: torch.dtype | None
-) -> Packed:
+def _empty(found: Any, entry: LayerEntry, module: nn.Module, where: Path, dtype: torch.dtype | None) -> Packed:
     """A packed layer on meta for the float layer `found`."""
-    wanted, packed = _KINDS[entry.kind]
-    if not isinstance(found, wanted) or isinstance(found, Packed) or not entry.path:
+    if kind_of(found) != entry.kind or isinstance(found, Packed) or not entry.path:
         there = "no such layer" if found is None else f"{type(found).__name__} there"
         whole = type(module).__name__
         raise BadCheckpoint(
-            f"{where}: quantized {entry.path!r}, a {wanted.__name__}, and {whole} has {there}; is it of another architecture?"
+            f"{where}: quantized {entry.path!r}, a {_NAMES[entry.kind]}, and {whole} has {there}; is it of another architecture?"
         )
-    if (
-        found.bias is not None and "bias" not in entry.layout.slots
+    if found.bias is not None and not {"bias", "t_bias"} & set(
+        entry.layout.slots
     ):  # the other way round is fine: methods may add a bias
         raise BadCheckpoint(
             f"{where}: {entry.path!r} was quantized without a bias, and {type(module).__name__} has one there"
         )
     try:
-        if entry.kind == "conv2d":
-            return packed(found, entry.layout, dtype or entry.dtype)
-        return packed(found.in_features, found.out_features, entry.layout, dtype or entry.dtype)
+        return empty(found, entry.layout, dtype or entry.dtype)
     except ValueError as error:
         raise BadCheckpoint(f"{where}: {entry.path!r}: {error}") from None

@@ -10,24 +10,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qgen.calibration.moments import Moments
 from qgen.site import Draft, Site
 
 
 class Judge:
     """Scores drafts of one weight on the same rows; the float output and the quantized inputs are computed once.
 
-    rows: (M, K) float32.
+    rows: (M, K) float32, centred where the draft is. bins: (M,) of the rows, where the draft has several. raw: the rows before they were
+    centred, whose output's energy errors are relative to.
     """
 
-    def __init__(self, rows: Tensor):
-        self.rows = rows
+    def __init__(self, rows: Tensor, bins: Tensor | None = None, raw: Tensor | None = None):
+        self.rows, self.bins, self.raw = rows, bins, raw
         self._want: tuple[Tensor, Tensor, float] | None = None
         self._inputs: tuple[tuple, Tensor] | None = None
         self._known: list[tuple[tuple, float]] = []
 
     def error(self, draft: Draft) -> float:
         """Squared error of the output, relative to the float output's energy (without bias), as `Draft.error`."""
-        parts = (draft.weight, draft.qweight, draft.up, draft.down, draft.smooth, draft.shift, draft.bias_fix)
+        layer = (draft.weight, draft.qweight, draft.up, draft.down, draft.smooth, draft.shift, draft.bias_fix)
+        parts = (*layer, draft.steps, draft.fixes)
         for seen, error in self._known:
             if draft.qweight is not None and all(a is b for a, b in zip(seen, parts, strict=True)):
                 return error
@@ -38,15 +41,18 @@ class Judge:
     def _error(self, draft: Draft) -> float:
         if self._want is None or self._want[0] is not draft.weight:
             want = self.rows @ draft.weight.T
-            self._want = (draft.weight, want, max(float(want.square().sum()), 1e-30))
-        key = (draft.smooth, draft.shift, draft.hadamard, draft.act)
+            whole = want if self.raw is None else self.raw @ draft.weight.T
+            self._want = (draft.weight, want, max(float(whole.square().sum()), 1e-30))
+        key = (draft.smooth, draft.shift, draft.hadamard, draft.act, draft.steps, draft.ratio)
         if self._inputs is None or any(a is not b for a, b in zip(self._inputs[0], key, strict=True)):
-            self._inputs = (key, draft.inputs(self.rows))
+            self._inputs = (key, draft.inputs(self.rows, bins=self.bins))
         got = torch.addmm(self._want[1], self._inputs[1], draft.values().T, beta=-1)
         if draft.up is not None:
             got.addmm_(self.rows @ draft.down.T, draft.up.T)
         if (extra := draft.offset()) is not None:
             got += extra
+        if draft.fixes is not None:
+            got += draft.fixes[-1:] if self.bins is None else draft.fixes[self.bins]
         return float(got.square_().sum()) / self._want[2]
 
 
@@ -56,6 +62,8 @@ class Stats:
 
     fit: (M, K) float32 rows of the calls that methods fit. held: rows of the calls held out. gram: (K, K) mean of x xᵀ over all fitted
     rows. absmax, absmean: (K,) over all fitted rows. seed: for the method's own random numbers.
+    moments: of the raw input, by timestep. fit_t, held_t: (M,) timesteps of the rows; fit_bins, held_bins: (M,) their bins, once the
+    draft has several; fit_raw, held_raw: the rows before they were centred.
     judge: scores candidates, on the held-out rows, or on the fitted ones where nothing could be held out. cache: what methods computed for
     this draft and want to find again.
     """
@@ -66,12 +74,20 @@ class Stats:
     absmax: Tensor | None = None
     absmean: Tensor | None = None
     seed: int = 0
+    moments: Moments | None = None
+    fit_t: Tensor | None = None
+    held_t: Tensor | None = None
+    fit_bins: Tensor | None = None
+    held_bins: Tensor | None = None
+    fit_raw: Tensor | None = None
+    held_raw: Tensor | None = None
     judge: Judge | None = field(init=False, default=None)
     cache: dict = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        rows = self.fit if self.held is None else self.held
-        object.__setattr__(self, "judge", None if rows is None else Judge(rows))
+        rows = (self.held, self.held_bins, self.held_raw)
+        rows = (self.fit, self.fit_bins, self.fit_raw) if self.held is None else rows
+        object.__setattr__(self, "judge", None if rows[0] is None else Judge(*rows))
 
 
 class Method(Protocol):
@@ -83,7 +99,7 @@ class Method(Protocol):
     name: str
 
     def needs(self, site: Site) -> frozenset[str]:
-        """Statistics it reads, of {"rows", "gram", "absmax"}; empty = data-free."""
+        """Statistics it reads, of {"rows", "gram", "absmax", "moments"}; empty = data-free."""
         ...
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:

@@ -13,6 +13,7 @@ Frantar et al., 2022, https://arxiv.org/abs/2210.17323 · LDLQ, https://arxiv.or
 __all__ = ["GPTQ", "Factor", "factor", "factorize", "gptq", "hessian", "round_with"]
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -154,7 +155,15 @@ def gptq(
 def factorize(gram: Tensor, damp: float) -> Factor:
     """Columns by ascending diagonal, since rounding starts at the last one."""
     order = gram.diagonal().argsort(stable=True)
-    return Factor(order, cholesky(gram[order].index_select(1, order), damp))
+    return Factor(order, cholesky(lambda: _permuted(gram, order), damp))
+
+
+def _permuted(gram: Tensor, order: Tensor) -> Tensor:
+    """gram[order][:, order], some rows at a time: a second copy of a wide layer's matrix is a tenth of a gigabyte."""
+    made = torch.empty_like(gram)
+    for to, rows in zip(made.split(512), order.split(512), strict=True):
+        torch.index_select(gram[rows], 1, order, out=to)
+    return made
 
 
 def round_with(weight: Tensor, factor: Factor, fmt: NumberFormat, clip: Tensor | float, block: int) -> QTensor:
@@ -177,10 +186,13 @@ def round_with(weight: Tensor, factor: Factor, fmt: NumberFormat, clip: Tensor |
         back = torch.addmm(lost[start:stop], feed[stop - start :].T, lost[stop:])  # with what later columns lost added
         mine = slice(start, stop)
         _round_rows(back, lost[mine], values[mine], step[mine], feed[: stop - start].tril(-1), fmt.element)
+    del lost, step, back  # each is as large as the layer in float32
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(k, device=order.device)
-    codes = fmt.element.encode(values[inverse].T.contiguous())
-    return replace(base, codes=packing.pack(codes, fmt.bits))
+    parts = [
+        packing.pack(fmt.element.encode(part[inverse].T.contiguous()), fmt.bits) for part in values.split(512, dim=1)
+    ]
+    return replace(base, codes=torch.cat(parts))
 
 
 def _round_rows(back: Tensor, lost: Tensor, values: Tensor, step: Tensor, feed: Tensor, element: Element) -> None:
@@ -206,17 +218,18 @@ def _round_rows(back: Tensor, lost: Tensor, values: Tensor, step: Tensor, feed: 
 _INNER = 16  # columns whose feedback is added one by one; beyond them it goes through matrix products
 
 
-def cholesky(h: Tensor, damp: float) -> Tensor:
-    """Lower Cholesky factor of h (K, K), which is used up, with `damp` times its mean diagonal added, and just as much more as rounding
-    errors ask for."""
-    mean, plain = h.diagonal().mean().clamp_min(1e-30), h.diagonal().clone()
+def cholesky(make: Callable[[], Tensor], damp: float) -> Tensor:
+    """Lower Cholesky factor of what `make` returns (a second moment, (K, K), contiguous; used up, and made again for another try), with
+    `damp` times its mean diagonal added, and just as much more as rounding errors ask for."""
     while True:
-        h.diagonal().copy_(plain + damp * mean)
-        factor, info = torch.linalg.cholesky_ex(h)
+        h = make()
+        h.diagonal().add_(damp * h.diagonal().mean().clamp_min(1e-30))
+        info = torch.empty((), dtype=torch.int32, device=h.device)
+        # In place: LAPACK's upper factor of the transpose is, row by row, the lower one of a symmetric matrix.
+        torch.linalg.cholesky_ex(h.mT, upper=True, out=(h.mT, info))
         if not int(info):
-            return factor
-        del factor
-        if damp > 1e3:  # h is a second moment: nothing finite resists that much
+            return h
+        if damp > 1e3:  # nothing finite resists that much
             raise BadData(
                 "the second moment of a layer's input holds NaN or infinity: its activations overflow float32 when squared"
             )

@@ -17,7 +17,8 @@ from typing import Any
 from qgen.models import adapter_for
 from qgen.recipe import Recipe
 from qgen.show import page as html
-from qgen.show import sections
+from qgen.show import sections, timesteps
+from qgen.show.allocation import allocation
 from qgen.show.rows import gather
 
 
@@ -28,6 +29,7 @@ def report(
     pictures: Sequence[tuple[str, Any, Any]] = (),
     scores: Any = None,
     commands: Sequence[str] = (),
+    trajectory: Mapping[str, Sequence[float]] | None = None,
     title: str | None = None,
 ) -> Path:
     """Writes the page and returns its path; missing folders are made.
@@ -37,6 +39,7 @@ def report(
         pictures: (caption, before, after), each a PIL picture, array or tensor (H, W, 3); embedded as PNG.
         scores: what `qgen.evaluate` returned, or several of them by name, {"rtn-int4": scores, …}.
         commands: what reproduces this result, as one would type it; default: the Python call with the recipe of this page.
+        trajectory: relative RMS error of the latents at each step, by name, drawn as lines.
         title: default: the model's class and the recipe's name.
 
     NotQuantizable if nothing in x is quantized, ValueError for pictures of different sizes or shapes. Nothing is written then.
@@ -50,7 +53,10 @@ def report(
         sections.pictures(pictures),
         sections.scores(named),
         sections.layers(found),
+        timesteps.ranges(x),
+        timesteps.trajectory(trajectory or {}),
         sections.formats(found),
+        allocation(x),
         sections.methods(found),
         sections.floats(found),
         sections.environment(environment()),

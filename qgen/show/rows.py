@@ -32,18 +32,20 @@ class Summary(list):
     weight_sqnr_db (recipes without calibration), nbytes (of which lowrank_bytes are the 16-bit branch), bytes16, log. Numbers that
     nobody measured are None.
     Totals: layers, quantized, nbytes, bytes16, ratio, bits_per_weight (of which lowrank_bits are the branch's), output_sqnr_db
-    {denoiser: dB of the whole denoiser's output}.
+    {denoiser: dB of the whole denoiser's output}. attention: rows of `show.attention`, where attention was quantized.
     """
 
     totals: dict[str, Any]
 
-    def __init__(self, rows: Iterable[dict], totals: dict[str, Any]):
+    def __init__(self, rows: Iterable[dict], totals: dict[str, Any], attention: Iterable[dict] = ()):
         super().__init__(rows)
-        self.totals = totals
+        self.totals, self.attention = totals, list(attention)
 
 
 def gather(x: Any) -> Summary:
     """The rows of `summary` without printing them; NotQuantizable if nothing in x is quantized."""
+    from qgen.show.attention import attention_rows
+
     denoisers = {name: module for name, module in adapter_for(x).denoisers(x).items() if _packed(module)}
     if not denoisers:
         raise NotQuantizable(
@@ -61,7 +63,7 @@ def gather(x: Any) -> Summary:
             outputs[name or type(module).__name__] = output
         listed = tuple(row["path"] + "." for row in mine)
         rest += sum(2 * p.numel() for path, p in module.named_parameters() if not path.startswith(listed))
-    return Summary(rows, totals(rows, rest, outputs))
+    return Summary(rows, totals(rows, rest, outputs), attention_rows(denoisers))
 
 
 def build(
@@ -79,11 +81,11 @@ def build(
     specs = [recipe.default, *(rule.spec for rule in recipe.rules)] if isinstance(recipe, Recipe) else []
     order = list(dict.fromkeys(method.name for spec in specs if spec for method in spec.methods))
     for row in report if isinstance(report, (list, tuple)) else ():
-        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
+        if not isinstance(row, dict) or not isinstance(row.get("path"), str) or row.get("kind") == "attention":
             continue
         path = row["path"]
         if path == OUTPUT:
-            output = _number(row.get("sqnr_db"))
+            output = number(row.get("sqnr_db"))
             continue
         if path in seen or (path not in layers and row.get("spec") != "float"):
             continue
@@ -145,8 +147,8 @@ def _clean(denoiser: str, row: dict, order: list[str]) -> dict:
     made: dict[str, Any] = {"denoiser": printable(denoiser), "path": printable(row["path"])}
     made |= {key: printable(row.get(key) or "") for key in _TEXTS}
     made |= {"shape": list(shape) if whole else []}
-    made |= {key: _number(row.get(key)) for key in _NUMBERS}
-    made |= {key: int(max(0, _number(row.get(key)) or 0)) for key in ("nbytes", "lowrank_bytes", "bytes16")}
+    made |= {key: number(row.get(key)) for key in _NUMBERS}
+    made |= {key: int(max(0, number(row.get(key)) or 0)) for key in ("nbytes", "lowrank_bytes", "bytes16")}
     texts = {printable(k): printable(v) for k, v in log.items()} if isinstance(log, dict) else {}
     made["log"] = {
         name: texts[name] for name in sorted(texts, key=lambda n: order.index(n) if n in order else len(order))
@@ -154,7 +156,7 @@ def _clean(denoiser: str, row: dict, order: list[str]) -> dict:
     return made
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A finite number, or None."""
     right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if right else None

@@ -4,6 +4,7 @@ __all__ = ["bits", "mib", "summary", "table"]
 
 from typing import Any
 
+from qgen.show.attention import attention_lines
 from qgen.show.rows import Summary, gather, printable
 
 
@@ -37,7 +38,7 @@ def table(found: Summary, width: int = 160) -> Any:
         why = (row["why"],) if wide else ()
         cells = (path, " x ".join(map(str, row["shape"])), row["spec"], row["kernel"], quality(row), *sizes, *why)
         grid.add_row(*(Text(cell) for cell in cells), style="dim" if row["spec"] == "float" else "")
-    lines = [Text(line) for line in total_lines(found.totals)]
+    lines = [Text(line) for line in [*total_lines(found.totals), *attention_lines(found.attention)]]
     if not wide:
         reasons = {(row["spec"], row["why"]): None for row in found if row["why"] not in ("", "default")}
         lines += [Text(f"{spec}: {why}", style="dim") for spec, why in reasons]

@@ -28,9 +28,9 @@ from torch import nn
 
 from qgen.errors import QgenError
 from qgen.io.checkpoint import load
-from qgen.io.convert import load_peer
 from qgen.io.datafree import rounded
 from qgen.io.files import DTYPES
+from qgen.io.into import load_peer
 from qgen.io.keys import plan
 from qgen.io.onthefly import Step
 from qgen.io.parts import check, floats, importer_for, model_of, unknown_file
@@ -390,7 +390,7 @@ def change_tensors(rng, tensors):
             if dtype == "U8" and text[:1] in "{[":  # marks and states: JSON in bytes
                 try:
                     raw = dumps(change_json(rng, json.loads(text))).encode()
-                except ValueError:
+                except (ValueError, RecursionError):
                     raw = mutate_text(rng, text).encode("utf-8", "replace")
                 tensors[name] = ("U8", (len(raw),), raw)
             else:

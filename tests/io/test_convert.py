@@ -18,9 +18,10 @@ from torch import nn
 from qgen import formats
 from qgen.errors import BadCheckpoint, BadData, NotQuantizable, QgenError
 from qgen.io import datafree, load, save
-from qgen.io.convert import convert, export, load_peer
+from qgen.io.convert import convert, export
 from qgen.io.datafree import rounded
 from qgen.io.float_layers import dequantize
+from qgen.io.into import load_peer
 from qgen.io.keys import original as outward_names
 from qgen.io.keys import plan
 from qgen.io.keys.deferred import Deferred, defer, rows, sources, value
@@ -388,7 +389,9 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         str(tmp_path / "out"),
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    hears = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  what is run in the background may have it ignored
+    process = subprocess.Popen(command, **pipes, env=env, cwd=ROOT, preexec_fn=hears)
 
     def writing():
         return [p for p in tmp_path.glob(".out.saving-*/.*.writing-*") if p.stat().st_size > 1 << 20]

@@ -125,6 +125,7 @@ class GGUFExport:
 
     about = "GGUF, read by diffusers' from_single_file and by ComfyUI-GGUF: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
     rest = "Q8_0"
+    keys = "original"  # whose names of tensors ComfyUI-GGUF and diffusers' from_single_file want
 
     def write(self, parts: Iterable[Layer | Plain], target: Path, *, about: Model) -> list[str]:
         gguf = _package()

@@ -40,7 +40,9 @@ class QgenImporter:
         """Every tensor is compared with its sha256. Tensors that are tied to others come last, as copies."""
         header = self.header(source)
         rows = {row.get("path"): row for row in header.report if isinstance(row, dict)}
-        model = None if all(entry.kind == "linear" for entry in header.layers) else _convolutions(source, header)
+        told = {path for path, row in rows.items() if _kernel_shape(row)}
+        missing = any(entry.kind != "linear" and entry.path not in told for entry in header.layers)
+        model = _convolutions(source, header) if missing else None
 
         def read(name: str) -> Tensor:
             tensor = source.read(name)
@@ -81,6 +83,8 @@ def _shape(entry: LayerEntry, slots: dict[str, Tensor], row: dict, model: Any, s
             f"{source.where}: {entry.path!r}: codes have the shape {tuple(slots['codes'].shape)}, wanted (N, bytes)"
         )
     n, width = slots["codes"].shape
+    if entry.kind != "linear" and (said := _kernel_shape(row)) and said[0] == n:
+        return said
     if entry.kind == "conv2d":
         layer = dict(model.named_modules()).get(entry.path)
         if not isinstance(layer, torch.nn.Conv2d):
@@ -92,6 +96,17 @@ def _shape(entry: LayerEntry, slots: dict[str, Tensor], row: dict, model: Any, s
     if unpadded is None and isinstance(said, list) and len(said) == 2 and said[0] == n and type(said[1]) is int:
         unpadded = said[1]
     return (n, unpadded if unpadded is not None and 0 < unpadded <= widest else widest)
+
+
+def _kernel_shape(row: dict) -> tuple[int, ...]:
+    """Shape of a convolution's weight as its row tells it, () if it does not."""
+    said = row.get("weight_shape")
+    right = (
+        isinstance(said, list)
+        and 3 <= len(said) <= 5
+        and all(type(size) is int and 0 < size < 1 << 24 for size in said)
+    )
+    return tuple(said) if right else ()
 
 
 def _convolutions(source: Source, header: Header) -> Any:
@@ -167,6 +182,8 @@ def _row(layer: Layer) -> dict:
         "bytes16": 2 * (layer.shape[0] * k + (layer.shape[0] if "bias" in layer.slots else 0)),
         "why": layer.note,
     }
+    if layer.kind != "linear":
+        made["weight_shape"] = list(layer.shape)
     given = {key: value for key, value in getattr(layer, "row", {}).items() if key != "kernel"}
     return json.loads(json.dumps({**made, **given}, default=str))
 
