@@ -91,7 +91,8 @@ class Gram:
             x = x.float()
             if self.total is None:
                 self.total = x.new_zeros(x.shape[1], x.shape[1])
-            self.total.addmm_(x.T, x)
+            for rows in _panels(x.shape[1]):  # what lies right of them is copied at the end: 3/8 of the work less
+                self.total[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
         self._waiting = []
 
     def merge(self, other: "Gram") -> None:
@@ -109,10 +110,19 @@ class Gram:
     def mean(self) -> Tensor:
         """(K, K) float32."""
         self._fold()
-        return self.total / self.count
+        made = self.total / self.count
+        for rows in _panels(len(made)):
+            made[: rows.start, rows] = made[rows, : rows.start].T
+        return made
 
     def nbytes(self, k: int) -> int:
         return self.rows * self.itemsize * k if self.rows and self._keeps(k) else 4 * k * k
+
+
+def _panels(k: int) -> list[slice]:
+    """The rows of a (K, K) matrix in four parts; in one where products are too small to gain by it."""
+    size = -(-k // 4) if k >= 2048 else k
+    return [slice(low, min(k, low + size)) for low in range(0, k, size)]
 
 
 class Reservoir:
