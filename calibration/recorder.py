@@ -22,6 +22,7 @@ from qgen.calibration.prompts import PROMPTS
 from qgen.calibration.timeline import log_snr, unit_of
 from qgen.errors import BadCheckpoint
 from qgen.nn.clock import timestep_of
+from qgen.progress import quiet
 
 _VERSION = 1
 
@@ -101,7 +102,7 @@ class Recorder:
             options.setdefault("generator", torch.Generator().manual_seed(seed))
         if "output_type" in known:
             options.setdefault("output_type", "latent")  # the decoder is not needed
-        with torch.no_grad(), _quiet(pipe):
+        with torch.no_grad(), quiet(pipe):
             pipe(**options)
 
 
@@ -168,22 +169,6 @@ def split_branches(call: Call, batch: int) -> list[Call]:
         Call(_map(call.args, half(i)), _map(call.kwargs, half(i)), replace(call.moment, branch=branch))
         for i, branch in enumerate(("uncond", "cond"))
     ]
-
-
-class _quiet:
-    """Silences a pipeline's own progress bar for the length of a block."""
-
-    def __init__(self, pipe: Any):
-        self.pipe = pipe
-
-    def __enter__(self):
-        self.before = dict(getattr(self.pipe, "_progress_bar_config", {}) or {})
-        if hasattr(self.pipe, "set_progress_bar_config"):
-            self.pipe.set_progress_bar_config(**{**self.before, "disable": True})
-
-    def __exit__(self, *_):
-        if hasattr(self.pipe, "set_progress_bar_config"):
-            self.pipe._progress_bar_config = self.before
 
 
 def as_calls(given: Any) -> CalibrationSet:

@@ -7,9 +7,20 @@ are multiplied by reciprocals (1 / smooth, 1 / scale), as the fused kernels do, 
 computed in float32 and returned in the dtype of x.
 """
 
-__all__ = ["fake_act", "hadamard_blocks", "linear", "linear_grad", "product", "quantize_act", "transform_act", "weight"]
+__all__ = [
+    "fake_act",
+    "float_weight",
+    "hadamard_blocks",
+    "linear",
+    "linear_grad",
+    "product",
+    "quantize_act",
+    "transform_act",
+    "weight",
+]
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -62,6 +73,17 @@ def weight(
 ) -> Tensor:
     """Dequantized weight (N, Kp) float32 from canonical tensors."""
     return QTensor(codes, scales, global_scale, zero, weight_format).dequantize()
+
+
+def float_weight(slots: Mapping[str, Tensor], weight_format: str, hadamard: int, k: int) -> Tensor:
+    """The weight (N, K) float32 that canonical slots stand for: residual · Hᵀ / smooth + up · down."""
+    w = weight(slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), weight_format)
+    w = (hadamard_blocks(w, hadamard) if hadamard else w)[:, :k]
+    if "smooth" in slots:
+        w = w / slots["smooth"].float()
+    if "down" in slots:
+        w = w + slots["up"].float() @ slots["down"].float()
+    return w
 
 
 def transform_act(x: Tensor, kp: int, smooth: Tensor | None, shift: Tensor | None, hadamard: int) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from qgen.allocate.yardsticks import first_tensor, yardsticks
-from qgen.eval.generate import _quiet, generate, seed_of
+from qgen.eval.generate import generate, seed_of
 from qgen.eval.metrics import Shots
 from qgen.eval.psnr import psnr
 from qgen.eval.ssim import ssim
 from qgen.methods.base import sqnr_db
+from qgen.progress import quiet
 
 __all__ = ["Latents", "Pictures"]
 
@@ -39,7 +40,7 @@ class Latents:
 
     def _draw(self) -> Tensor:
         noise = [torch.Generator("cpu").manual_seed(seed_of(prompt, self.seed)) for prompt in self.prompts]
-        with torch.no_grad(), _quiet(self.pipe):
+        with torch.no_grad(), quiet(self.pipe):
             result = self.pipe(
                 prompt=self.prompts, generator=noise, output_type="latent", return_dict=False, **self.options
             )

@@ -7,16 +7,16 @@ the model.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qgen.eval.images import as_images
+from qgen.progress import quiet
 
 __all__ = ["generate", "seed_of"]
 
@@ -55,7 +55,7 @@ def generate(
     asked = {name: value for name, value in asked.items() if value is not None}
     _check_call(pipe, asked)
     parts = []
-    with _quiet(pipe), progress_bar(len(prompts), progress) as bar:
+    with quiet(pipe), progress_bar(len(prompts), progress) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             noise = [torch.Generator("cpu").manual_seed(seed_of(prompt, seed)) for prompt in batch]
@@ -96,20 +96,6 @@ def _images_of(result: Any, pipe: Any) -> Any:
 
 def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
     return (x * 255).round().to(torch.uint8) if dtype == torch.uint8 else x
-
-
-@contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """Silences the pipeline's own progress bar meanwhile: one bar over prompts says more than one per batch."""
-    if not hasattr(pipe, "set_progress_bar_config"):
-        yield
-        return
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
 
 
 def progress_bar(total: int, progress: bool) -> Any:

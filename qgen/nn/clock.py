@@ -34,7 +34,7 @@ class Clock:
 
     def __init__(self, module: nn.Module):
         self.t: Tensor | None = None
-        self.places = [(i, n) for i, n in enumerate(inspect.signature(module.forward).parameters) if n in NAMES]
+        self.places = _places(module)
         self.told = False
         self.hook = module.register_forward_pre_hook(self.listen, with_kwargs=True)
 
@@ -47,8 +47,12 @@ def timestep_of(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
 
     Where tokens of a sample differ in their timestep, the sample has the noisiest one.
     """
-    places = [(i, n) for i, n in enumerate(inspect.signature(module.forward).parameters) if n in NAMES]
-    return _per_sample(_find(places, args, kwargs))
+    return _per_sample(_find(_places(module), args, kwargs))
+
+
+def _places(module: nn.Module) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that may hold a denoiser's timestep."""
+    return [(i, n) for i, n in enumerate(inspect.signature(module.forward).parameters) if n in NAMES]
 
 
 def _find(places: list[tuple[int, str]], args: tuple, kwargs: dict) -> Any:

@@ -173,17 +173,7 @@ class Packed(nn.Module):
         """The weight (N, K) that the layer stands for: residual · Hᵀ / smooth + up · down, in `dtype` (default: compute dtype)."""
         from qgen.kernels import reference
 
-        slots = self.canonical()
-        w = reference.weight(
-            slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), self.weight_format
-        )
-        if self.hadamard:
-            w = reference.hadamard_blocks(w, self.hadamard)
-        w = w[:, : self.k]
-        if "smooth" in slots:
-            w = w / slots["smooth"].float()
-        if "down" in slots:
-            w = w + slots["up"].float() @ slots["down"].float()
+        w = reference.float_weight(self.canonical(), self.weight_format, self.hadamard, self.k)
         return w.to(dtype or self.compute_dtype).reshape(self._weight_shape())
 
     # -- kernels -------------------------------------------------------------------------------------------------------

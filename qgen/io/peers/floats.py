@@ -77,22 +77,17 @@ def room_for(parts: Iterable[Layer | Plain]) -> int:
 def dequantized(part: Layer) -> tuple[Tensor, Tensor | None]:
     """The weight in its own shape, float32, and the bias (N,) in its stored dtype, of the float layer that a quantized one stands for."""
     slots, layout = part.slots, part.layout
-    rounded = reference.weight(
-        slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), layout.weight
-    )
     k = math.prod(part.shape[1:])
     bias = slots.get("bias")
     if "shift" in slots:  # the stored bias takes away what `shift` adds; without the one there is no need of the other
+        rounded = reference.weight(
+            slots["codes"], slots["scales"], slots.get("global_scale"), slots.get("zero"), layout.weight
+        )
         rows = torch.zeros(1, k)
         moved = reference.transform_act(rows, rounded.shape[1], slots.get("smooth"), slots["shift"], layout.hadamard)
         undone = (moved @ rounded.T)[0]
         bias = (undone if bias is None else bias.float() + undone).to(part.dtype if bias is None else bias.dtype)
-    w = reference.hadamard_blocks(rounded, layout.hadamard) if layout.hadamard else rounded
-    w = w[:, :k]
-    if "smooth" in slots:
-        w = w / slots["smooth"].float()
-    if "down" in slots:
-        w = w + slots["up"].float() @ slots["down"].float()
+    w = reference.float_weight(slots, layout.weight, layout.hadamard, k)
     return w.reshape(part.shape), bias
 
 
