@@ -5,10 +5,11 @@
 Each line quantizes the pipeline twice, with the same formats (or those named) and the same recorded calls: once without the method and once
 with it. PSNR is against the 16-bit pipeline's pictures from the same noise, on prompts whose names calibration never saw; the gain is the
 mean of the paired differences with its 95 % bootstrap interval over prompts. The model is small and its activations are mild: a method that
-lives on outliers gains more on large models, and one that overfits loses more here.
+lives on outliers gains more on large models, and one that overfits loses more here. Lines of attention round nothing but its probabilities.
 """
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,28 +24,43 @@ from qgen.eval.bootstrap import bootstrap_difference
 from qgen.eval.generate import generate
 from qgen.eval.psnr import psnr
 from qgen.methods.adaround import AdaRound
+from qgen.methods.format_search import FormatSearch
 from qgen.methods.gptq import GPTQ
+from qgen.methods.learned_bases import LearnedBases
 from qgen.methods.preshift import PreShift
+from qgen.methods.reparametrize import Reparametrize
 from qgen.methods.rotate import Rotate
 from qgen.methods.signround import SignRound
 from qgen.methods.smooth import Smooth
+from qgen.methods.temporal import Center, Static
 from qgen.methods.vq4dit import VQ4DiT
+from qgen.nn.probabilities import ProbabilitySpec, simulated
 
 
 @dataclass(frozen=True)
 class Line:
-    """A comparison: `refined` against `base`. card: paper; where: module of qgen that holds the idea."""
+    """A comparison: `refined` against `base`. card: paper; where: module of qgen that holds the idea.
+
+    vector: methods of time and modulation layers in `refined`.
+    """
 
     key: str
     card: str
     where: str
-    base: Spec
-    refined: Spec
+    base: Spec | ProbabilitySpec
+    refined: Spec | ProbabilitySpec
+    vector: tuple = ()
 
 
 def _line(key: str, card: str, where: str, weight: str, act: str | None, before: tuple, method: Any) -> Line:
     return Line(key, card, where, Spec(weight, act, before), Spec(weight, act, (*before, method)))
 
+
+SPLITS = ("fp4_e1m2_g64", "fp4_e2m1_g64", "fp4_e3m0_g64")
+UNSIGNED = ("ufp4_e1m3_g64", "ufp4_e2m2_g64", "ufp4_e3m1_g64")
+STATIC = Spec("int4_g64", "int8_row", (Static(),))
+BINNED = Spec("int4_g64", "int8_row", (Static(),), bins=8)
+GROUPED = Spec("int4_g64", "int8_row", (Center("middle"), Reparametrize(groups=16), Static()), bins=8)
 
 LINES = (
     _line("adaround", "AdaRound", "methods.adaround", "int4_g64", None, (), AdaRound()),
@@ -58,21 +74,91 @@ LINES = (
     _line(
         "preshift", "LLM-FP4: pre-shifted exponents", "methods.preshift", "fp4_e2m1_row", "fp4_e2m1_row", (), PreShift()
     ),
+    _line(
+        "llmfp4",
+        "LLM-FP4: format and range by layer",
+        "methods.format_search",
+        SPLITS[1],
+        SPLITS[1],
+        (),
+        FormatSearch(SPLITS, SPLITS),
+    ),
+    _line(
+        "msfp",
+        "MSFP: unsigned floats where they serve",
+        "methods.format_search",
+        SPLITS[1],
+        SPLITS[1],
+        (),
+        FormatSearch(SPLITS, (*SPLITS, *UNSIGNED)),
+    ),
+    _line(
+        "genie",
+        "Genie: steps learned with roundings",
+        "methods.adaround",
+        "int4_row",
+        None,
+        (),
+        AdaRound(step_rate=1e-3),
+    ),
+    Line("bins", "TFMQ-DM: ranges by timestep", "methods.temporal", STATIC, BINNED),
+    Line("tfmq", "TFMQ-DM: time layers learned on their timesteps", "methods.adaround", BINNED, BINNED, (AdaRound(),)),
+    Line(
+        "repquant",
+        "RepQuant: one scale for all channels",
+        "methods.reparametrize",
+        STATIC,
+        Spec("int4_g64", "int8_row", (Center("middle"), Reparametrize(), Static())),
+    ),
+    Line("dgq", "DGQ: 16 groups of channels", "methods.reparametrize", BINNED, GROUPED),
+    Line(
+        "log2",
+        "DGQ: logarithms of probabilities",
+        "nn.probabilities",
+        ProbabilitySpec("uniform", 4),
+        ProbabilitySpec("log2", 4),
+    ),
+    Line(
+        "logsqrt2",
+        "RepQuant: half octaves",
+        "nn.probabilities",
+        ProbabilitySpec("log2", 4),
+        ProbabilitySpec("logsqrt2", 4),
+    ),
+    Line(
+        "regions",
+        "TQ-DiT: two regions",
+        "nn.probabilities",
+        ProbabilitySpec("uniform", 4),
+        ProbabilitySpec("regions", 4),
+    ),
+    _line(
+        "bases_learned", "BinaryDM: learned scales", "methods.learned_bases", "binary2_g64", None, (), LearnedBases()
+    ),
     _line("vq4dit", "VQ4DiT", "methods.vq4dit", "vq2_d4", None, (), VQ4DiT()),
     Line("binarydm", "BinaryDM: a second basis", "formats.multibasis", Spec("binary_g64"), Spec("binary2_g64")),
     Line("bases", "BinaryDM: two bases for int2's steps", "formats.multibasis", Spec("int2_g64"), Spec("binary2_g64")),
 )
 
 
-def recipe_of(spec: Spec) -> Recipe:
+def recipe_of(spec: Spec, vector: tuple = ()) -> Recipe:
     """The spec inside blocks; embedders and heads stay float, time and modulation layers take 4-bit weights, as in the named recipes."""
-    vector = Rule("*", Spec("int4_g64"), role="vector", why="one row per sample")
-    return Recipe(spec, (vector, Rule("*", None, role="outside", why="embedder or head")), "line")
+    rule = Rule("*", Spec("int4_g64", None, vector), role="vector", why="one row per sample")
+    return Recipe(spec, (rule, Rule("*", None, role="outside", why="embedder or head")), "line")
 
 
-def words(spec: Spec) -> str:
+def words(spec: Spec | ProbabilitySpec, vector: tuple = ()) -> str:
+    if isinstance(spec, ProbabilitySpec):
+        return f"probabilities in {spec.kind}, {spec.bits} bits"
     steps = " + ".join(method.name for method in spec.methods) or "nearest"
-    return f"{spec.weight} x {spec.act or 'float'}, {steps}"
+    timed = f", {spec.bins} bins" if spec.bins > 1 else ""
+    return f"{spec.weight} x {spec.act or 'float'}{timed}, {steps}" + (
+        ", time layers " + vector[0].name if vector else ""
+    )
+
+
+def bits_of(spec: Spec | ProbabilitySpec) -> str:
+    return "16" if isinstance(spec, ProbabilitySpec) else f"{formats.get(spec.weight).bits_per_value(256):.2f}"
 
 
 def main() -> None:
@@ -87,27 +173,29 @@ def main() -> None:
     prompts = demo_prompts("held_out")[: options.n]
     reference = generate(qgen.demo_pipeline(), prompts, progress=False)
     calls = record(qgen.demo_pipeline(), demo_prompts("calibration"), samples=options.samples, steps=4, progress=False)
-    known: dict[Spec, torch.Tensor] = {}
+    known: dict[tuple, torch.Tensor] = {}
 
-    def score(spec: Spec) -> torch.Tensor:
-        if spec not in known:
-            pipe = qgen.demo_pipeline()
-            qgen.quantize(pipe, recipe_of(spec), calibration=calls, progress=False)
-            known[spec] = psnr(generate(pipe, prompts, progress=False), reference)
-        return known[spec]
+    def score(spec: Spec | ProbabilitySpec, vector: tuple = ()) -> torch.Tensor:
+        if (spec, vector) not in known:
+            pipe, around = qgen.demo_pipeline(), nullcontext()
+            if isinstance(spec, ProbabilitySpec):
+                around = simulated(spec.kind, spec.bits, spec.apart, spec.scope)
+            else:
+                qgen.quantize(pipe, recipe_of(spec, vector), calibration=calls, progress=False)
+            with around:
+                known[spec, vector] = psnr(generate(pipe, prompts, progress=False), reference)
+        return known[spec, vector]
 
     rows = []
     for line in LINES:
         if options.only and line.key not in options.only.split(","):
             continue
-        base, refined = score(line.base), score(line.refined)
+        base, refined = score(line.base), score(line.refined, line.vector)
         gap = bootstrap_difference(refined, base)
-        bits = "/".join(
-            dict.fromkeys(f"{formats.get(s.weight).bits_per_value(256):.2f}" for s in (line.base, line.refined))
-        )
+        bits = "/".join(dict.fromkeys(map(bits_of, (line.base, line.refined))))
         rows.append(
             f"| {line.card} | `qgen.{line.where}` | {bits} | {words(line.base)}: {base.mean():.2f} | "
-            f"{words(line.refined)}: {refined.mean():.2f} | {gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}] |"
+            f"{words(line.refined, line.vector)}: {refined.mean():.2f} | {gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}] |"
         )
         print(rows[-1], flush=True)
     head = "| card | where | bits per weight | refines: PSNR dB | with it: PSNR dB | gain, 95 % interval |\n|---|---|---|---|---|---|"

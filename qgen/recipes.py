@@ -9,11 +9,16 @@ import torch
 
 from qgen.errors import unknown
 from qgen.methods.adaround import AdaRound
+from qgen.methods.awq import AWQ
 from qgen.methods.balance import Balance
 from qgen.methods.bias import BiasCorrection
+from qgen.methods.clip import Clip
+from qgen.methods.format_search import FormatSearch
 from qgen.methods.gptq import GPTQ
+from qgen.methods.learned_bases import LearnedBases
 from qgen.methods.lowrank import LowRank
 from qgen.methods.reconstruct import Reconstruct
+from qgen.methods.reparametrize import Reparametrize
 from qgen.methods.rotate import Rotate
 from qgen.methods.signround import SignRound
 from qgen.methods.smooth import Smooth
@@ -24,6 +29,8 @@ from qgen.recipe import Recipe, Rule, Spec
 _SVDQUANT = (Balance(), LowRank(32, rounds=3), GPTQ(), Reconstruct(rounds=3), BiasCorrection())
 _TIMED = (Center(), *_SVDQUANT[:-1], TemporalBias())
 _STATIC = (Center(), *_SVDQUANT[:-1], Static(), TemporalBias())
+_SPLITS = tuple(f"fp4_{split}_g64" for split in ("e1m2", "e2m1", "e3m0"))
+_UNSIGNED = tuple(f"ufp4_{split}_g64" for split in ("e1m3", "e2m2", "e3m1"))
 _OUTSIDE = Rule("*", None, role="outside", why="embedder or head, outside the repeated blocks")
 _VECTOR = Rule(
     "*",
@@ -95,7 +102,43 @@ def _recipes() -> dict[str, Recipe]:
             "FP4 weights with learned rounding, FP8 activations",
             (),
         ),
+        "fp-search": (
+            Spec("fp4_e2m1_g64", "fp4_e2m1_g64", (FormatSearch(_SPLITS, (*_SPLITS, *_UNSIGNED)), AdaRound())),
+            "W4A4, floats: the split of exponent and mantissa, sign and clipping searched layer by layer (LLM-FP4, MSFP)",
+            (),
+        ),
+        "repquant": (
+            Spec("int4_g64", "int8_row", (Center("middle"), Reparametrize(), AdaRound(), Static(), TemporalBias())),
+            "4-bit weights, 8-bit activations under one static scale, channels evened out before it (RepQuant)",
+            (),
+        ),
+        "dgq": (
+            Spec(
+                "int4_g64",
+                "int8_row",
+                (Center("middle"), Reparametrize(groups=16), AdaRound(), Static(), TemporalBias()),
+                bins=8,
+            ),
+            "as repquant with 16 groups of channels and 8 bins of timesteps (DGQ)",
+            (),
+        ),
+        "tfmq": (
+            Spec("int4_g64", "int8_row", (AdaRound(), Static()), bins=8),
+            "4-bit weights, static 8-bit activations in 8 bins; time and modulation layers learned on their timesteps (TFMQ-DM)",
+            (),
+        ),
+        "genie": (
+            Spec("int4_row", "int8_row", (AdaRound(step_rate=1e-3),)),
+            "4-bit weights, steps and roundings learned together",
+            (),
+        ),
+        "binarydm": (
+            Spec("binary2_g64", None, (LearnedBases(),)),
+            "sums of two binary planes with learned scales: 2 bits",
+            (),
+        ),
         "signround": (Spec("uint4_g64", None, (SignRound(),)), "4-bit weights with learned rounding and clipping", ()),
+        **_language(),
         "vq4dit": (
             Spec("vq2_d4", None, (VQ4DiT(),)),
             "2-bit weights: vectors of four and a learned codebook per layer",
@@ -111,7 +154,41 @@ def _recipes() -> dict[str, Recipe]:
         ),
         "rtn-nvfp4": (Spec("nvfp4", "nvfp4_dynamic"), "W4A4 NVFP4 rounded to nearest, no calibration", plain),
     }
-    return {name: Recipe(spec, (*rules, *_RULES), name, about) for name, (spec, about, rules) in made.items()}
+    found = {name: Recipe(spec, (*rules, *_RULES), name, about) for name, (spec, about, rules) in made.items()}
+    vector = replace(_VECTOR, spec=replace(_VECTOR.spec, methods=(AdaRound(),)))
+    found["tfmq"] = replace(found["tfmq"], rules=(vector, *found["tfmq"].rules[1:]))
+    return found
+
+
+def _language() -> dict[str, tuple[Spec, str, tuple[Rule, ...]]]:
+    """Recipes for language models, under the names of what they follow; they serve any other model as well."""
+    return {
+        "awq-w4a16": (
+            Spec("uint4_g64", None, (AWQ(), Clip())),
+            "4-bit weights, 16-bit activations: salient channels on a finer grid, ranges clipped",
+            (),
+        ),
+        "gptq-w4a16": (
+            Spec("uint4_g64", None, (GPTQ(),)),
+            "4-bit weights rounded one column after another, 16-bit activations",
+            (),
+        ),
+        "loftq-w4a16": (
+            Spec("uint4_g64", None, (LowRank(32, rounds=5),)),
+            "4-bit weights and rank 32, fitted in turns, 16-bit activations",
+            (),
+        ),
+        "qoq-w4a8": (
+            Spec("int4_s8_g64", "int8_row", (Smooth(), Rotate(), GPTQ())),
+            "4-bit weights with integer sub-scales, 8-bit activations per token, smoothed and rotated",
+            (),
+        ),
+        "quarot-w4a4": (
+            Spec("int4_g64", "int4_g64", (Rotate(), GPTQ())),
+            "W4A4, integer: inputs rotated where they enter a layer, GPTQ",
+            (),
+        ),
+    }
 
 
 def names() -> list[str]:

@@ -7,11 +7,11 @@ of the denoiser they depend on is found by changing one at a time. A call's key 
     hit    every output is the stored tensor, bit for bit what was computed; the modules do not run, and their weights may lie elsewhere
     miss   computed as ever and stored: other steps, schedulers, prompts or guidance are right by construction
 
-Where the timestep alone decides, `Curve` replaces the weights by a low-rank curve over t, m(t) ≈ Σ_r c_r(t) v_r, exact at its knots up to
-the rank. Caching temporal features: Huang et al., 2024, https://arxiv.org/abs/2407.19547
+Where the timestep alone decides, a low-rank curve over t can stand for the modules on a miss (`qgen.methods.modulation_curve`), if what it
+disturbs, measured between its knots, is little enough. Caching temporal features: Huang et al., 2024, https://arxiv.org/abs/2407.19547
 """
 
-__all__ = ["Curve", "ModulationCache", "cache_modulation", "temporal_modules"]
+__all__ = ["ModulationCache", "cache_modulation", "temporal_modules"]
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qgen.calibration.base import Call, _map
 from qgen.errors import NotQuantizable
+from qgen.methods.modulation_curve import Curve
 from qgen.nn.packed import Packed
 
 
@@ -88,12 +89,18 @@ class _Entry:
 
 
 class ModulationCache:
-    """Serves a denoiser's temporal modules; made by `cache_modulation`. `hits` and `misses` count calls of the denoiser."""
+    """Serves a denoiser's temporal modules; made by `cache_modulation`. `hits` and `misses` count calls of the denoiser.
+
+    curves: {path: a curve for each output} of modules that are not computed on a miss, see `bend`.
+    """
 
     def __init__(self, module: nn.Module, names: dict[str, tuple[str, ...]], limit: int, offload: bool):
         self.module, self.limit = module, limit
         self.parts = {path: module.get_submodule(path) for path in names}
+        self.names = names
         self.keys = sorted({name for depends in names.values() for name in depends})
+        self.curves: dict[str, tuple[Curve, ...]] = {}
+        self.clock, self.t = "", torch.zeros(1)
         self.entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self.now: _Entry | None = None
         self.hit = False
@@ -128,7 +135,59 @@ class ModulationCache:
         return {
             "modules": len(self.parts), "entries": len(self.entries), "weight_bytes": weights, "table_bytes": table,
             "saved_bytes": weights - table, "hits": self.hits, "misses": self.misses,
-        }  # fmt: skip
+        } | ({"curve_bytes": sum(c.nbytes for made in self.curves.values() for c in made)} if self.curves else {})  # fmt: skip
+
+    def bend(self, call: Call, timesteps: Tensor, rank: int = 16, budget: float = 1e-5) -> dict[str, float]:
+        """Fits curves to modules that depend on the timestep alone; on a miss within their range they answer in the modules' place.
+
+        Arguments:
+            call: a recorded call; it is run once for each knot, and once between each two.
+            timesteps: (n,) knots, in the scheduler's units. rank: of the curves.
+            budget: largest disturbance, relative squared error between the knots; a module above it goes on being computed.
+
+        Returns the disturbance of each such module, kept or not. What was stored is forgotten.
+        """
+        clocks = {names[0] for names in self.names.values() if len(names) == 1}
+        if len(clocks) != 1:
+            raise NotQuantizable(
+                f"{type(self.module).__name__} has no modules that depend on one argument alone: found {sorted(clocks) or 'none'}"
+            )
+        self.clock, paths = clocks.pop(), [path for path, names in self.names.items() if len(names) == 1]
+        knots = timesteps.double().sort().values.unique()
+        between = (knots[1:] + knots[:-1]) / 2
+        self.curves = {}
+        at_knots, at_middles = (self._outputs_at(call, paths, t) for t in (knots, between))
+        found = {}
+        for path in paths:
+            made = tuple(Curve.fit(knots, values, rank) for values in at_knots[path])
+            lost = [curve.disturbance(between, values) for curve, values in zip(made, at_middles[path], strict=True)]
+            found[path] = max(lost, default=1.0)
+            if made and found[path] <= budget:
+                self.curves[path] = made
+        self.clear()
+        return found
+
+    def _outputs_at(self, call: Call, paths: list[str], times: Tensor) -> dict[str, list[Tensor]]:
+        """Outputs (n, D) of the first sample at timesteps `times` (n,), for each output of each module."""
+        rows: dict[str, list[list[Tensor]]] = {path: [] for path in paths}
+        given = dict(call.tensors())[self.clock]
+        for t in times.tolist():
+            self.clear()
+            moved = lambda old, t=t: torch.full_like(old, t) if old is given else old  # noqa: E731
+            with torch.no_grad():
+                Call(_map(call.args, moved), _map(call.kwargs, moved), call.moment).run(self.module)
+            entry = next(reversed(self.entries.values()))
+            for path in paths:
+                rows[path].append([out[0].float().clone() for out in _tensors(entry.outputs[path])])
+        return {path: [torch.stack(column) for column in zip(*made, strict=True)] for path, made in rows.items()}
+
+    def _from_curve(self, path: str, like: torch.dtype) -> Any:
+        """What the curves of a module give at the running call's timesteps, or None where there are none, or it lies beyond them."""
+        made = self.curves.get(path)
+        if made is None or not bool(((self.t >= made[0].knots[0]) & (self.t <= made[0].knots[-1])).all()):
+            return None
+        outs = tuple(curve(self.t).to(like) for curve in made)
+        return outs if len(outs) > 1 else outs[0]
 
     def clear(self) -> None:
         """Forgets all entries: call it after weights or adapters of the modules have changed."""
@@ -150,6 +209,8 @@ class ModulationCache:
         key = b"".join(_bytes(name, given.get(name)) for name in self.keys) + repr(numbers).encode()
         self.hit = key in self.entries
         self.now = self.entries.setdefault(key, _Entry({}))
+        if self.curves:
+            self.t = given[self.clock].detach().float().reshape(-1)
         self.entries.move_to_end(key)
         self.hits, self.misses = self.hits + self.hit, self.misses + (not self.hit)
 
@@ -165,11 +226,17 @@ class ModulationCache:
             entry, part = self.now, self.parts[path]
             if entry is not None and path in entry.outputs:
                 return entry.outputs[path]
-            if self.offloaded:
-                part.to(self.device)
-            out = forward(*args, **kwargs)
-            if self.offloaded:
-                part.to("cpu")
+            out = (
+                self._from_curve(path, next(t.dtype for t in part.parameters() if t.is_floating_point()))
+                if self.curves
+                else None
+            )
+            if out is None:
+                if self.offloaded:
+                    part.to(self.device)
+                out = forward(*args, **kwargs)
+                if self.offloaded:
+                    part.to("cpu")
             if entry is not None:
                 kept = _kept(out)
                 entry.outputs[path] = kept
@@ -225,43 +292,3 @@ def cache_modulation(
         )
     cache = module.__dict__["qgen_modulation"] = ModulationCache(module, names, limit, offload)
     return cache
-
-
-@dataclass(frozen=True)
-class Curve:
-    """m(t) (D,) as a low-rank curve: knots (n,) ascending, coefficients (n, R) linear between them, basis (R, D), mean (D,)."""
-
-    knots: Tensor
-    coefficients: Tensor
-    basis: Tensor
-    mean: Tensor
-
-    @classmethod
-    def fit(cls, t: Tensor, values: Tensor, rank: int) -> "Curve":
-        """From values (n, D) at timesteps t (n,): the best of this rank at the knots (Eckart and Young). ValueError for equal timesteps."""
-        order = t.float().argsort()
-        t, values = t.float()[order], values.float()[order]
-        if len(t) < 2 or not bool((t.diff() > 0).all()):
-            raise ValueError(
-                f"a curve needs at least two different timesteps, found {len(t)}, {len(t.unique())} different"
-            )
-        mean = values.mean(0)
-        u, s, vh = torch.linalg.svd(values - mean, full_matrices=False)
-        rank = min(rank, len(s))
-        return cls(t, u[:, :rank] * s[:rank], vh[:rank], mean)
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """Values (B, D) float32 at timesteps t (B,); beyond the knots, those of the outermost."""
-        t = t.float().clamp(self.knots[0], self.knots[-1])
-        high = torch.bucketize(t, self.knots).clamp(1, len(self.knots) - 1)
-        left, right = self.knots[high - 1], self.knots[high]
-        w = ((t - left) / (right - left))[:, None]
-        return torch.lerp(self.coefficients[high - 1], self.coefficients[high], w) @ self.basis + self.mean
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.knots, self.coefficients, self.basis, self.mean))
-
-    def disturbance(self, t: Tensor, values: Tensor) -> float:
-        """Relative squared error at timesteps t (n,) whose true values (n, D) are known: what decides between curve and layer."""
-        return float((self(t) - values.float()).square().sum() / values.float().square().sum().clamp_min(1e-30))

@@ -23,6 +23,7 @@ from torch import Tensor
 from qgen import formats
 from qgen.calibration.base import CalibrationSet
 from qgen.methods.base import Judge, Stats
+from qgen.methods.reparametrize import ranges
 from qgen.nn.clock import NAMES
 from qgen.recipe import Recipe, methods
 from qgen.site import Draft, Site
@@ -37,9 +38,16 @@ class Center:
 
     Each layer keeps what has the smallest error on held-out rows when rounded to nearest: bins' means, one mean, or none (inputs that are
     often exactly zero, as after GELU, are better left alone). Activations after it need a format that is signed or has zero points.
+
+    point: "mean", or "middle", halfway between the 0.1 % and 99.9 % quantiles, which leaves static scales the least range to cover.
     """
 
     name: ClassVar[str] = "center"
+    point: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.point not in ("mean", "middle"):
+            raise ValueError(f'center takes off the "mean" or the "middle" of each channel, found {self.point!r}')
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows", "moments"} if site.kind == "linear" else {"moments"})
@@ -59,8 +67,8 @@ def begin(draft: Draft, stats: Stats) -> tuple[Draft, Stats]:
             bins = [None if t is None else torch.bucketize(t, edges) for t in (stats.fit_t, stats.held_t)]
             bins = [b if b is None else b.to(draft.weight.device) for b in bins]
             stats = replace(stats, fit_bins=bins[0], held_bins=bins[1])
-    centring = any(isinstance(m, Center) for m in draft.spec.methods) and draft.sites[0].kind == "linear"
-    return _centre(draft, stats) if centring else (draft, stats)
+    centring = next((m for m in draft.spec.methods if isinstance(m, Center)), None)
+    return _centre(draft, stats, centring.point) if centring and draft.sites[0].kind == "linear" else (draft, stats)
 
 
 def timed_or_blind(recipe: Recipe, calls: CalibrationSet | None, whose: str) -> Recipe:
@@ -79,14 +87,15 @@ def timed_or_blind(recipe: Recipe, calls: CalibrationSet | None, whose: str) -> 
     return replace(recipe, default=blind(recipe.default), rules=rules)
 
 
-def _centre(draft: Draft, stats: Stats) -> tuple[Draft, Stats]:
+def _centre(draft: Draft, stats: Stats, point: str) -> tuple[Draft, Stats]:
     fmt = formats.get(draft.act) if draft.act else None
     if fmt is not None and not (fmt.element.signed or fmt.zero_point):
         raise ValueError(f"center needs activations that are signed or have zero points, found {draft.act}")
     edges = stats.moments.edges[:0] if draft.edges is None else draft.edges.cpu()
     means = stats.moments.means(edges) if stats.moments.seen else stats.fit.mean(0, keepdim=True)
+    means = means if point == "mean" else _middles(stats, len(means))
     made = [("none", draft, stats)]
-    for label, table in (("one mean", means[-1:].expand_as(means)), ("mean of each bin", means)):
+    for label, table in ((f"one {point}", means[-1:].expand_as(means)), (f"{point} of each bin", means)):
         center = draft.stored(-table)
         made.append((label, replace(draft, center=center), _centred(stats, center, edges)))
         if len(means) == 1:
@@ -94,6 +103,17 @@ def _centre(draft: Draft, stats: Stats) -> tuple[Draft, Stats]:
     errors = [Judge(*_rows(s, 512)).error(d) for _, d, s in made]
     label, draft, stats = made[min(range(len(made)), key=errors.__getitem__)]
     return draft.noted(centred=label), stats
+
+
+def _middles(stats: Stats, count: int) -> Tensor:
+    """(count, K): the middle of the fitted rows of each bin, and of all of them in the last row, and wherever a bin is empty."""
+    owner = (
+        torch.zeros(len(stats.fit), dtype=torch.int64, device=stats.fit.device)
+        if stats.fit_bins is None
+        else stats.fit_bins
+    )
+    parts = [stats.fit[owner == b] for b in range(count - 1)]
+    return torch.stack([sum(ranges(part if len(part) else stats.fit, 0.999)) / 2 for part in (*parts, stats.fit)])
 
 
 def _centred(stats: Stats, center: Tensor, edges: Tensor) -> Stats:

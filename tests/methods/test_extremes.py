@@ -8,7 +8,9 @@ import torch
 from qgen import formats
 from qgen.formats.base import QTensor
 from qgen.formats.vq import VectorQuantizer
-from qgen.methods.base import Stats
+from qgen.methods.base import Stats, refine
+from qgen.methods.gptq import hessian
+from qgen.methods.learned_bases import LearnedBases
 from qgen.methods.preshift import PreShift, shifts
 from qgen.methods.vq4dit import VQ4DiT
 from qgen.nn import packed_layer
@@ -120,6 +122,38 @@ def test_signs_of_zero_are_plus_one_and_a_layer_keeps_its_bits():
         QTensor(state["codes"], state["scales"], None, state["zero"], "binary2_g64").dequantize(),
         d.qweight.dequantize(),
     )
+
+
+def fitted(draft, seen):
+    """The output error over all fitted rows, by their second moment."""
+    lost = draft.target() - draft.rounded().qweight.dequantize()
+    return float(((lost @ hessian(draft, seen)) * lost).sum())
+
+
+def test_a_hundred_steps_lower_the_error_and_two_bases_stay_ahead_of_one():
+    seen = stats(correlated(1024, 1, 64), correlated(512, 2, 64))
+    errors = {}
+    for name in ("binary2_g64", "binary3_g64"):
+        d = layer(name)
+        made = LearnedBases().refine(d, seen)
+        errors[name] = fitted(made, seen)
+        assert errors[name] <= 0.95 * fitted(d, seen) and made.error(seen.held) < d.rounded().error(seen.held)
+        before, after = d.rounded().qweight, made.qweight
+        for old, new in ((before.scales, after.scales), (before.zero, after.zero)):
+            assert not torch.equal(old, new) and bool((new > 0).all())
+    one = layer("binary_g64")
+    assert errors["binary3_g64"] < errors["binary2_g64"] < fitted(one, seen)
+
+
+def test_learned_bases_are_what_the_file_holds_and_other_formats_pass():
+    seen = stats(correlated(256, 1, 64), correlated(128, 2, 64))
+    d = layer("int4_g64")
+    assert LearnedBases().refine(d, seen) is d
+    made = refine(replace(layer("binary2_g64"), spec=Spec("binary2_g64", None, (LearnedBases(),))), seen)
+    new = packed_layer(made, torch.nn.Linear(64, 32, bias=False))
+    assert torch.equal(new.dequantize(), made.qweight.dequantize())
+    dead = LearnedBases(steps=5).refine(replace(layer("binary2_g64"), weight=torch.zeros(32, 64)), seen)
+    assert bool((dead.qweight.dequantize() == 0).all())
 
 
 # -- pre-shifted exponents ---------------------------------------------------------------------------------------------

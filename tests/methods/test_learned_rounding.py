@@ -75,6 +75,53 @@ def test_adaround_serves_every_grid_and_stays_on_it(seen, weight):
     assert float(made.log["undecided"].rstrip("%")) < 3, "soft and hard rounding agree"
 
 
+@pytest.mark.parametrize("weight", ["int4_row", "uint4_g64", "fp4_e2m1_g32"])
+def test_steps_learned_with_the_roundings_beat_roundings_alone(weight):
+    """Mean over four layers, at equal iterations."""
+    ratios = []
+    for seed in range(4):
+        s = stats(correlated(1024, 10 + seed), correlated(512, 20 + seed))
+        w = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) / K**0.5
+        d = replace(layer(weight), weight=w)
+        errors = [AdaRound(step_rate=rate).refine(d, s).error(s.held) for rate in (0.0, 1e-3)]
+        ratios.append(errors[1] / errors[0])
+    assert sum(ratios) / 4 <= 1.0, ratios
+
+
+def test_coarse_scales_stay(seen):
+    d = layer("nvfp4")
+    assert torch.equal(
+        AdaRound(step_rate=1e-2, steps=20).refine(d, seen).qweight.scales.view(torch.uint8),
+        d.rounded().qweight.scales.view(torch.uint8),
+    )
+
+
+def test_an_embedding_of_finitely_many_timesteps_is_learned_exactly():
+    """TFMQ's block: two layers and four projections of a timestep that takes 20 values; its outputs, all of them, at 4 bits per channel."""
+    g = torch.Generator().manual_seed(0)
+    t, freqs = torch.linspace(0, 1, 20)[:, None] * 1000, torch.exp(-torch.linspace(0, 9, 32))
+    x = torch.cat([(t * freqs).sin(), (t * freqs).cos()], -1)  # (20, 64)
+    shapes = [(96, 64), (96, 96), *[(48, 96)] * 4]
+    weights = [torch.randn(n, k, generator=g) / k**0.5 for n, k in shapes]
+
+    def run(pick):
+        """Sum of squared errors of the four projections; each layer is solved on what the layers before it really give."""
+        silu, low, high = torch.nn.functional.silu, x, x
+        for w in weights[:2]:
+            low, high = silu(low @ pick(w, low).T), silu(high @ w.T)
+        return sum(float((low @ pick(w, low).T - high @ w.T).square().sum()) for w in weights[2:])
+
+    def quantized(method):
+        def pick(w, rows):
+            d = replace(layer("int4_row", n=w.shape[0], k=w.shape[1]), weight=w)
+            return (d.rounded() if method is None else method.refine(d, stats(rows, rows))).qweight.dequantize()
+
+        return pick
+
+    assert run(quantized(AdaRound())) <= 0.5 * run(quantized(None))
+    assert run(quantized(GPTQ())) <= 0.5 * run(quantized(None))
+
+
 def test_signround_lowers_the_error_and_never_the_fitted_one(seen):
     for weight in ("int4_g64", "uint4_g32", "int2_g32", "nvfp4", "fp4_e2m1_g32"):
         d = layer(weight)
@@ -146,3 +193,17 @@ def test_learned_rounding_against_gptq(seen):
     gptq = GPTQ().refine(d, seen).error(seen.held)
     assert AdaRound().refine(d, seen).error(seen.held) < 2.5 * gptq
     assert SignRound().refine(d, seen).error(seen.held) < 8 * gptq
+
+
+@pytest.mark.parametrize("name, kept", [("nvfp4", False), ("mxfp4", True), ("int4_g64", True)])
+def test_rotation_is_kept_where_the_format_gains_from_it(name, kept):
+    """Blocks of 16 with their own scales have no use for it; blocks of 32 and 64 with an outlier channel have."""
+    g, k = torch.Generator().manual_seed(3), 128
+    x = torch.randn(1024, k, generator=g)
+    if kept:
+        x[:, ::32] *= 20
+    else:
+        x = x.sign() * x.abs().square()  # peaked, and the same in all channels
+    s = stats(x[:768], x[768:])
+    made = refine(layer(name, "nvfp4_dynamic" if name == "nvfp4" else name, 32, k, (Rotate(),)), s)
+    assert bool(made.hadamard) == kept, made.log

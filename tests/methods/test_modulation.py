@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from qgen.engine import record
 from qgen.errors import NotQuantizable
-from qgen.methods.modulation import Curve, cache_modulation, temporal_modules
+from qgen.methods.modulation import cache_modulation, temporal_modules
+from qgen.methods.modulation_curve import Curve
 from tests.tiny import FAMILIES
 
 
@@ -129,3 +131,57 @@ def test_curve_is_exact_at_its_knots_and_halves_error_with_rank():
     assert exact.nbytes < values.nbytes
     with pytest.raises(ValueError, match="two different"):
         Curve.fit(torch.ones(3), torch.randn(3, 4), 1)
+
+
+def test_curves_answer_on_a_miss_where_they_disturb_little(monkeypatch):
+    make, call = FAMILIES["pixart"]
+    module = make()
+    wanted = run(module, at(call(0), 0.3456))
+    cache = cache_modulation(module, call(0))
+    whole = cache.bend(call(0), torch.linspace(0, 1000, 65), rank=64, budget=1.0)
+    assert set(cache.curves) == set(whole) == {"adaln_single"} and cache.report()["curve_bytes"] > 0
+    ran, plain = [], torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: ran.append(self) or plain(self, x))
+    served = {id(layer) for part in cache.parts.values() for layer in part.modules()}
+    got = run(module, at(call(0), 0.3456))
+    assert not served & {id(layer) for layer in ran} and not torch.equal(got, wanted)
+    assert (got - wanted).norm() / wanted.norm() < 10 * max(whole.values()) ** 0.5
+    again = run(module, at(call(0), 0.3456))
+    assert torch.equal(again, got) and cache.hits >= 1
+    strict = cache.bend(call(0), torch.linspace(0, 1000, 65), rank=64, budget=0.0)
+    assert strict == pytest.approx(whole, rel=1e-3) and not cache.curves, "disturbs too much: computed"
+    assert torch.equal(run(module, at(call(0), 0.3456)), wanted)
+
+
+def test_beyond_the_knots_it_is_computed():
+    make, call = FAMILIES["pixart"]
+    module = make()
+    wanted = run(module, at(call(0), 0.9))
+    cache = cache_modulation(module, call(0))
+    cache.bend(call(0), torch.linspace(100, 500, 9), budget=1.0)
+    assert cache.curves and torch.equal(run(module, at(call(0), 0.9)), wanted)
+
+
+def test_no_curve_over_two_arguments():
+    make, call = FAMILIES["flux"]
+    cache = cache_modulation(make(), call(0))
+    with pytest.raises(NotQuantizable, match="one argument"):
+        cache.bend(call(0), torch.linspace(0, 1, 5))
+
+
+def test_pictures_of_the_cached_schedule_are_the_same_bit_for_bit(make_demo_pipe):
+    pipe = make_demo_pipe()
+    options = {"num_inference_steps": 8, "output_type": "pt"}
+    draw = lambda: pipe("noto owl", generator=torch.Generator().manual_seed(3), **options).images  # noqa: E731
+    wanted = draw()
+    calls = record(pipe, ["noto owl"], samples=1, steps=1, progress=False)
+    cache = cache_modulation(pipe.transformer, calls.calls[0])
+    first, second = draw(), draw()
+    assert torch.equal(first, wanted) and torch.equal(second, wanted)
+    assert cache.misses == 8 and cache.hits == 8 and cache.report()["saved_bytes"] > 0
+    longer = pipe(
+        "noto owl", generator=torch.Generator().manual_seed(3), num_inference_steps=9, output_type="pt"
+    ).images
+    cache.remove()
+    again = pipe("noto owl", generator=torch.Generator().manual_seed(3), num_inference_steps=9, output_type="pt").images
+    assert torch.equal(longer, again), "another number of steps is computed anew"

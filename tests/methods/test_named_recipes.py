@@ -10,7 +10,7 @@ from qgen import recipes
 from qgen.recipe import Recipe
 from tests import tiny
 
-NAMES = ["vidit-q", "fp4dit", "signround", "vq4dit"]
+NAMES = ["vidit-q", "fp4dit", "signround", "vq4dit", "genie", "binarydm", "fp-search", "repquant", "dgq", "tfmq"]
 
 
 def quantized(recipe):
