@@ -10,7 +10,7 @@ __all__ = ["PAIRS", "Finding", "capability", "findings", "report"]
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,18 +31,24 @@ PAIRS: dict[str, tuple[str, str]] = {
 }
 SHAPE = (12288, 3072)  # N, K of a typical layer
 TRAITS = frozenset({"smooth", "lowrank", "bias"})
+# Ops that do more than a layer, and what they save; see `qgen.kernels.fusion`.
+FUSED = {
+    "fused_linear": "norms, activations, q/k norm and rotation inside its two launches",
+    "mlp": "MLPs in three",
+}
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors")
 
 
 @dataclass(frozen=True)
 class Finding:
     """One request and its answer. kernel: its name, or "" if none serves. better: kernels of higher priority with
-    reasons."""
+    reasons. fused: the ops of `FUSED` that a kernel proper, and not the reference, would serve for these formats."""
 
     what: str
     ask: Ask
     kernel: str
     better: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
 
 
 def capability(device: torch.device) -> tuple[str, tuple[int, int] | str | None]:
@@ -83,7 +89,12 @@ def _answer(what: str, ask: Ask) -> Finding:
     for _, kernel in registry.kernels.items():
         if kernel.op == ask.op and kernel.priority > chosen.priority and _meant_for(kernel, ask):
             better.append(f"{kernel.name} {'; '.join(kernel.needs.refusals(ask))}")
-    return Finding(what, ask, chosen.name, tuple(better))
+    return Finding(what, ask, chosen.name, tuple(better), _fused(ask) if ask.op == "linear" and ask.act else ())
+
+
+def _fused(ask: Ask) -> tuple[str, ...]:
+    chosen = {op: registry.choose(replace(ask, op=op)).name for op in FUSED}  # the reference serves everything
+    return tuple(op for op, name in chosen.items() if name != "reference")
 
 
 def _meant_for(kernel: registry.Kernel, ask: Ask) -> bool:
@@ -110,6 +121,8 @@ def report(pairs: Mapping[str, tuple[str, str]] | None = None, device: str | tor
         slow = "  (plain torch, slow: for correctness)" if f.kernel == "reference" else ""
         rows.append(f"{f.what:<{width}}  {f.kernel or 'nothing serves it'}{slow}")
         rows += [f"{'':<{width}}    {reason}" for reason in f.better]
+        if f.fused:
+            rows.append(f"{'':<{width}}    fused: {', '.join(FUSED[op] for op in f.fused)}")
     if kind == "cuda" and answers[-1].ask.op != "attention":
         rows.append(f"{'attention':<{width}}  stays in 16 bits: torch's own")
     rows += [f"not imported: {module} ({why})" for module, why in sorted(registry.kernels.missing.items())]

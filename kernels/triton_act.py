@@ -19,7 +19,7 @@ columns to be appended to h: x̂ ≈ u · scale + zero, and zero · (group sum o
 Layouts: `qgen.kernels.layouts`. Idea of the fused pass: Li et al., SVDQuant, 2024, https://arxiv.org/abs/2411.05007
 """
 
-__all__ = ["ACTS", "MAX_RANK", "Activations", "aot_cases", "quantize_act", "reciprocal"]
+__all__ = ["ACTS", "MAX_RANK", "Activations", "aot_cases", "check_static", "per_group", "quantize_act", "reciprocal"]
 
 from dataclasses import dataclass, replace
 
@@ -150,6 +150,12 @@ def _bf16_scale(scale):
 
 
 @triton.jit
+def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """x within [LOW, HIGH]: under a scale that was not measured on it, it may be anywhere."""
+    return tl.minimum(tl.maximum(x, LOW), HIGH)
+
+
+@triton.jit
 def _integers(x):
     """Nearest even integers of |x| < 2²², in the low bits of an int32."""
     return (x + _MAGIC).to(tl.int32, bitcast=True)
@@ -178,7 +184,7 @@ def _e2m1(x):
 
 @triton.jit
 def _quantize_rows(
-    x, smooth, shift, down, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, clear, M, K, KP, R, stride_x,
+    x, smooth, shift, down, act_scale, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, clear, M, K, KP, R, stride_x,
     rows_per_image, gate_stride, eps,
     BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr, HAD: tl.constexpr, KIND:
     tl.constexpr,
@@ -188,54 +194,60 @@ def _quantize_rows(
         tl.store(clear + tl.program_id(0), 0)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     rows_to_int8(
-        x, smooth, shift, down, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R, stride_x,
+        x, smooth, shift, down, act_scale, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R, stride_x,
         rows_per_image, gate_stride, eps, BM, BK, RP, SHIFT_ROW, HAD, KIND,
     )  # fmt: skip
 
 
 @triton.jit
 def _quantize_blocks(
-    x, smooth, shift, down, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, clear, M, K, KP, R,
+    x, smooth, shift, down, act_scale, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, clear, M, K, KP, R,
     stride_x, rows_per_image, gate_stride, eps,
     ACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr,
-    HAD: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
+    SCALE_ROW: tl.constexpr, HAD: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Formats with a scale per block of K; ACT "none" computes h alone. clear: (programs,) int32 that become 0, or None."""
     if clear is not None:
         tl.store(clear + tl.program_id(0), 0)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     rows_to_blocks(
-        x, smooth, shift, down, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R,
-        stride_x, rows_per_image, gate_stride, eps, ACT, BM, BK, RP, SHIFT_ROW, HAD, KIND, ASM,
+        x, smooth, shift, down, act_scale, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP,
+        R, stride_x, rows_per_image, gate_stride, eps, ACT, BM, BK, RP, SHIFT_ROW, SCALE_ROW, HAD, KIND, ASM,
     )  # fmt: skip
 
 
 @triton.jit
 def rows_to_int8(
-    x, smooth, shift, down, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R, stride_x,
+    x, smooth, shift, down, act_scale, codes, scales, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R, stride_x,
     rows_per_image, gate_stride, eps,
     BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr, HAD: tl.constexpr, KIND:
     tl.constexpr,
 ):  # fmt: skip
-    """Rows (BM,) of x (M, K) to codes (KP/64, M, 64), scales (M,), h (M, RP). The second reading comes from the L2 cache."""
+    """Rows (BM,) of x (M, K) to codes (KP/64, M, 64), scales (M,), h (M, RP). The second reading comes from the L2 cache.
+
+    act_scale: () float32, the scale of all rows, or None = each row's is measured. With it there is one reading.
+    """
     live = rows < M
     mean, rstd = tl.zeros((BM,), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
     if KIND == "layernorm" or KIND == "rmsnorm":
         mean, rstd = row_statistics(x, stride_x, rows, live, K, eps, KIND, BM, BK)
-    amax = tl.zeros((BM,), dtype=tl.float32)
     low_rank = tl.zeros((BM, RP if RP > 0 else 1), dtype=tl.float32)
-    for k0 in range(0, KP, BK):
-        cols = k0 + tl.arange(0, BK)
-        keep = live[:, None] & (cols < K)[None, :]
-        tile = _source(
-            x, stride_x, rows, cols, keep, mean, rstd, gamma, beta, mod_scale, mod_shift, rows_per_image, gate,
-            gate_stride, K, KIND,
-        )  # fmt: skip
-        if RP > 0:
-            low_rank = add_down(low_rank, tile, cols, down, K, R, RP)
-        t = transform(tile, cols, keep, K, smooth, shift, SHIFT_ROW, BM, BK, HAD)
-        amax = tl.maximum(amax, tl.max(tl.abs(t), 1))
-    scale = int8_scale(amax)
+    if act_scale is None:
+        amax = tl.zeros((BM,), dtype=tl.float32)
+        for k0 in range(0, KP, BK):
+            cols = k0 + tl.arange(0, BK)
+            keep = live[:, None] & (cols < K)[None, :]
+            tile = _source(
+                x, stride_x, rows, cols, keep, mean, rstd, gamma, beta, mod_scale, mod_shift, rows_per_image, gate,
+                gate_stride, K, KIND,
+            )  # fmt: skip
+            if RP > 0:
+                low_rank = add_down(low_rank, tile, cols, down, K, R, RP)
+            t = transform(tile, cols, keep, K, smooth, shift, SHIFT_ROW, BM, BK, HAD)
+            amax = tl.maximum(amax, tl.max(tl.abs(t), 1))
+        scale = int8_scale(amax)
+    else:
+        scale = tl.zeros((BM,), dtype=tl.float32) + tl.load(act_scale)
     steps = inverse(scale)[:, None]
     for k0 in range(0, KP, BK):
         cols = k0 + tl.arange(0, BK)
@@ -244,8 +256,12 @@ def rows_to_int8(
             x, stride_x, rows, cols, keep, mean, rstd, gamma, beta, mod_scale, mod_shift, rows_per_image, gate,
             gate_stride, K, KIND,
         )  # fmt: skip
-        t = transform(tile, cols, keep, K, smooth, shift, SHIFT_ROW, BM, BK, HAD)
-        store_int8(t * steps, k0, rows, live, codes, M, KP, BM, BK)
+        if RP > 0 and act_scale is not None:
+            low_rank = add_down(low_rank, tile, cols, down, K, R, RP)
+        t = transform(tile, cols, keep, K, smooth, shift, SHIFT_ROW, BM, BK, HAD) * steps
+        if act_scale is not None:
+            t = clamp(t, -127.0, 127.0)
+        store_int8(t, k0, rows, live, codes, M, KP, BM, BK)
     tl.store(scales + rows, scale, mask=live)
     if RP > 0:
         r = tl.arange(0, RP)
@@ -254,12 +270,15 @@ def rows_to_int8(
 
 @triton.jit
 def rows_to_blocks(
-    x, smooth, shift, down, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R,
+    x, smooth, shift, down, act_scale, codes, scales, zeros, h, gamma, beta, mod_scale, mod_shift, gate, rows, M, K, KP, R,
     stride_x, rows_per_image, gate_stride, eps,
     ACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr,
-    HAD: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
+    SCALE_ROW: tl.constexpr, HAD: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Rows (BM,) of x to codes, scales, zeros and h of a format with a scale per block of K, in one reading."""
+    """Rows (BM,) of x to codes, scales, zeros and h of a format with a scale per block of K, in one reading.
+
+    act_scale: () float32 or, with SCALE_ROW, (KP / 64,), scales of integer formats; None = they are measured.
+    """
     live = rows < M
     mean, rstd = tl.zeros((BM,), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
     if KIND == "layernorm" or KIND == "rmsnorm":
@@ -279,7 +298,7 @@ def rows_to_blocks(
             if ACT == "nvfp4_dynamic" or ACT == "mxfp4":
                 _store_fp4(t, k0, rows, codes, scales, KP, ACT, BM, BK, ASM)
             else:
-                store_int4(t, k0, rows, live, codes, scales, zeros, M, KP, ACT, BM, BK)
+                store_int4(t, k0, rows, live, act_scale, codes, scales, zeros, M, KP, ACT, BM, BK, SCALE_ROW)
     if RP > 0:
         r = tl.arange(0, RP)
         tl.store(h + rows[:, None] * RP + r[None, :], low_rank.to(h.dtype.element_ty), mask=live[:, None])
@@ -306,12 +325,21 @@ def store_int8(steps, k0, rows, live, codes, M, KP, BM: tl.constexpr, BK: tl.con
 
 @triton.jit
 def store_int4(
-    t, k0, rows, live, codes, scales, zeros, M, KP, ACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+    t, k0, rows, live, act_scale, codes, scales, zeros, M, KP, ACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    SCALE_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Quantizes a tile (BM, BK) by groups of 64 and stores half-split codes, scales and, for uint4_g64, zeros."""
+    """Quantizes a tile (BM, BK) by groups of 64 and stores half-split codes, scales and, for uint4_g64, zeros.
+
+    act_scale: as in `rows_to_blocks`; with it zeros are 0.
+    """
     G: tl.constexpr = BK // 64
+    group = k0 // 64 + tl.arange(0, G)
     groups = tl.reshape(t, (BM, G, 64))
-    if ACT == "uint4_g64":
+    if act_scale is not None:
+        zero = tl.zeros((BM, G), dtype=tl.bfloat16)
+        given = tl.load(act_scale + group, mask=group * 64 < KP, other=0.0) if SCALE_ROW else tl.load(act_scale)
+        scale = tl.zeros((BM, G), dtype=tl.float32) + (given[None, :] if SCALE_ROW else given)
+    elif ACT == "uint4_g64":
         low, high = tl.min(groups, 2), tl.max(groups, 2)
         centre, half = (high + low) * 0.5, (high - low) * 0.5
         scale = _bf16_scale(_divide(2.0 * half, 15.0))
@@ -322,10 +350,11 @@ def store_int4(
         scale = _bf16_scale(_divide(tl.max(tl.abs(groups), 2), levels))
     steps = groups * inverse(scale)[:, :, None]
     if ACT != "int4_g64":
-        steps = tl.minimum(tl.maximum(steps, 0.0), 15.0)
+        steps = clamp(steps, 0.0, 15.0)
+    elif act_scale is not None:
+        steps = clamp(steps, -7.0, 7.0)
     low, high = tl.split(tl.permute(tl.reshape(_integers(steps), (BM, G, 2, 32)), (0, 1, 3, 2)))
     packed = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)  # (BM, G, 32)
-    group = k0 // 64 + tl.arange(0, G)
     fits = live[:, None] & (group * 64 < KP)[None, :]
     at = rows[:, None] + (group.to(tl.int64) * M)[None, :]
     tl.store(codes + at[:, :, None] * 32 + tl.arange(0, 32)[None, None, :], packed, mask=fits[:, :, None])
@@ -374,6 +403,7 @@ def quantize_act(
     producer: Producer | None = None,
     asm: bool | None = None,
     clear: bool = False,
+    act_scale: Tensor | None = None,
 ) -> Activations:
     """Quantizes rows x (M, K) to the format `act` and multiplies them with `down`; one launch.
 
@@ -386,10 +416,13 @@ def quantize_act(
         producer: what to apply to x first; `down` sees its result.
         asm: whether e2m1 codes come from the hardware's conversion; None = where there is one.
         clear: whether to return zeroed counters as well, for a kernel that follows.
+        act_scale: one float32, or (kp / 64,) for formats with groups of 64: stored scales in place of measured ones. Integer
+            formats only; x may exceed what they cover.
 
-    Raises ValueError for a format, a rank above 256, a padding or a transform that it cannot do.
+    Raises ValueError for a format, a rank above 256, a padding, a transform or stored scales that it cannot do.
     """
     _check(x, act, kp, down, hadamard)
+    check_static(act, kp, act_scale)
     m, k = x.shape
     producer = producer or Producer()
     capability = tuning.capability_of(x.device)
@@ -403,7 +436,8 @@ def quantize_act(
         out = replace(out, counters=x.new_empty(grid, dtype=torch.int32))
     if m == 0:
         return out
-    tensors = {"x": x, "smooth": smooth, "shift": shift, "down": down, "codes": out.codes, "scales": out.scales}
+    tensors = {"x": x, "smooth": smooth, "shift": shift, "down": down, "act_scale": act_scale}
+    tensors |= {"codes": out.codes, "scales": out.scales}
     images = next((t.shape[0] for t in (producer.scale, producer.shift) if t is not None), 1)
     rest = {
         "clear": out.counters, "h": out.h, "gamma": producer.gamma, "beta": producer.beta, "mod_scale": producer.scale,
@@ -420,8 +454,8 @@ def quantize_act(
             if asm is None:
                 asm = isinstance(capability, tuple) and capability >= (10, 0)
             _quantize_blocks[grid](
-                **tensors, zeros=out.zeros, **rest, ACT=act or "none", ASM=bool(asm and fp4), **config.options,
-                enable_fp_fusion=False,
+                **tensors, zeros=out.zeros, **rest, ACT=act or "none", SCALE_ROW=per_group(act_scale),
+                ASM=bool(asm and fp4), **config.options, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 
@@ -440,6 +474,23 @@ def _check(x: Tensor, act: str | None, kp: int, down: Tensor | None, hadamard: i
         raise ValueError(f"a fused Hadamard needs a power of two, 16 to 256, that divides {kp}; found {hadamard}")
     if down is not None and down.shape[0] > MAX_RANK:
         raise ValueError(f"the fused low-rank branch goes up to rank {MAX_RANK}, found {down.shape[0]}")
+
+
+def check_static(act: str | None, kp: int, act_scale: Tensor | None) -> None:
+    """ValueError if activations of format `act`, padded to kp columns, cannot have these stored scales."""
+    if act_scale is None:
+        return
+    if act is None or act in _BLOCK:
+        raise ValueError(f"stored scales of activations go with integers, found the format {act or 'none'!r}")
+    groups = kp // GROUP
+    if act_scale.numel() != 1 and (act == "int8_row" or act_scale.numel() != groups):
+        wanted = "one scale" if act == "int8_row" else f"one scale or {groups}"
+        raise ValueError(f"{act} with {kp} columns takes {wanted}, found {tuple(act_scale.shape)}")
+
+
+def per_group(act_scale: Tensor | None) -> bool:
+    """Whether there are several stored scales, one per group of 64."""
+    return act_scale is not None and act_scale.numel() > 1
 
 
 def tile_for(config: tuning.Launch, hadamard: int) -> tuple[int, int]:
@@ -482,12 +533,15 @@ def aot_cases() -> list[AotCase]:
     cases += [_case(act, (*nvidia, *amd)) for act in ("int4_g64", "uint4p_g64", "uint4_g64")]
     cases += [_case(act, tuple(t for t in nvidia if t[1] >= 100)) for act in ("nvfp4_dynamic", "mxfp4")]
     cases.append(_case("int8_row", nvidia, kind="layernorm"))
+    cases += [_case(act, (("cuda", 80), ("cuda", 90), ("cuda", 120)), static=True) for act in ("int8_row", "int4_g64")]
     cases += [_case("int8_row", (("cuda", 80), ("cuda", 90)), dtype=dtype) for dtype in ("fp16", "fp32")]
     cases += [_case("int8_row", (("cuda", 80), ("cuda", 90)), hadamard=size) for size in (128, 256)]
     return cases
 
 
-def _case(act: str, targets: tuple, kind: str = "none", dtype: str = "bf16", hadamard: int = 0) -> AotCase:
+def _case(
+    act: str, targets: tuple, kind: str = "none", dtype: str = "bf16", hadamard: int = 0, static: bool = False
+) -> AotCase:
     config = tuning.launch("act", None, 4096)
     bm, bk = tile_for(config, hadamard)
     pointer = f"*{dtype}"
@@ -501,19 +555,23 @@ def _case(act: str, targets: tuple, kind: str = "none", dtype: str = "bf16", had
     }  # fmt: skip
     constexprs = {
         "shift": None, "gamma": None, "beta": None, "mod_scale": None, "mod_shift": None, "gate": None,
-        "clear": None, "BM": bm, "BK": bk, "RP": 32, "SHIFT_ROW": False,
+        "clear": None, "act_scale": None, "BM": bm, "BK": bk, "RP": 32, "SHIFT_ROW": False,
         "HAD": hadamard, "KIND": kind,
     }  # fmt: skip
     if norm:
         for name in ("mod_scale", "mod_shift"):
             del constexprs[name]
             signature[name] = pointer
+    if static:
+        del constexprs["act_scale"]
+        signature["act_scale"] = "*fp32"
     if act != "int8_row":
-        constexprs |= {"ACT": act, "ASM": act in _BLOCK, "zeros": None}
+        constexprs |= {"ACT": act, "ASM": act in _BLOCK, "zeros": None, "SCALE_ROW": static}
         if act == "uint4_g64":
             del constexprs["zeros"]
             signature["zeros"] = "*bf16"
-    name = "act/" + "_".join([act, *([kind] if norm else []), *([f"h{hadamard}"] if hadamard else []), dtype])
+    parts = (act, "static" if static else "", kind if norm else "", f"h{hadamard}" if hadamard else "", dtype)
+    name = "act/" + "_".join(part for part in parts if part)
     return AotCase(
         name,
         _quantize_rows if act == "int8_row" else _quantize_blocks,

@@ -30,7 +30,7 @@ from qgen.kernels.aot_case import AotCase
 from qgen.kernels.conv_ops import ConvAsk, Geometry
 from qgen.kernels.registry import Kernel, register
 from qgen.kernels.slots import Slots
-from qgen.kernels.triton_act import MAX_RANK, add_down, int8_scale, inverse, padded_rank, reciprocal, transform
+from qgen.kernels.triton_act import MAX_RANK, add_down, clamp, int8_scale, inverse, padded_rank, reciprocal, transform
 from qgen.kernels.triton_linear import low_rank, tile_of
 from qgen.kernels.triton_patches import rows_of
 from qgen.kernels.tuning import Launch
@@ -74,12 +74,15 @@ def _next(tap, c0, C, BK: tl.constexpr):
 
 @triton.jit
 def _measure(
-    x, smooth, shift, down, scales, steps, inverses, h, M, C, R, H, W, H_OUT, W_OUT, stride_b, stride_c, stride_h, stride_w,
+    x, smooth, shift, down, act_scale, scales, steps, inverses, h, M, C, R, H, W, H_OUT, W_OUT, stride_b, stride_c, stride_h, stride_w,
     BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr, EVEN_C: tl.constexpr, KH: tl.constexpr,
     KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr,
     DX: tl.constexpr,
 ):  # fmt: skip
-    """Scales and their reciprocals (M,) of patches, h (M, RP), and by the first program 1 / smooth (taps · C,)."""
+    """Scales and their reciprocals (M,) of patches, h (M, RP), and by the first program 1 / smooth (taps · C,).
+
+    act_scale: () float32, the scale of all patches, or None = each one's is measured.
+    """
     pixel = tl.program_id(0) * BM + tl.arange(0, BM)
     live, r = pixel < M, tl.arange(0, RP if RP > 0 else 1)
     image, top, left = _pixels(tl.minimum(pixel, M - 1), H_OUT, W_OUT, SY, SX, PY, PX)
@@ -98,7 +101,7 @@ def _measure(
         t = transform(tile, cols, keep, K, smooth, shift, SHIFT_ROW, BM, BK, 0)
         amax = tl.maximum(amax, tl.max(tl.abs(t), 1))
         tap, c0 = _next(tap, c0, C, BK)
-    scale = int8_scale(amax)
+    scale = int8_scale(amax) if act_scale is None else tl.zeros((BM,), tl.float32) + tl.load(act_scale)
     tl.store(scales + pixel, scale, mask=live)
     tl.store(steps + pixel, inverse(scale), mask=live)
     if RP > 0:
@@ -115,10 +118,13 @@ def _measure(
 def _implicit(
     x, inverses, shift, scales, steps, h, w, w_scale, up, bias, y, M, N, C, KP, R, H, W, H_OUT, W_OUT, stride_b, stride_c,
     stride_h, stride_w, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr,
-    EVEN_C: tl.constexpr, HEIGHT: tl.constexpr, ASM: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX:
-    tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
+    EVEN_C: tl.constexpr, HEIGHT: tl.constexpr, ASM: tl.constexpr, STATIC: tl.constexpr, KH: tl.constexpr, KW:
+    tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
 ):  # fmt: skip
-    """One tile (BM, BN) of y (M, N). Pixels and outputs that do not exist wrap around and are not stored."""
+    """One tile (BM, BN) of y (M, N). Pixels and outputs that do not exist wrap around and are not stored.
+
+    STATIC: whether scales were stored beforehand, so that values may exceed what they cover.
+    """
     pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, HEIGHT)
     rm, rn = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
     pixel, cols = rm % M, (rn % N).to(tl.int64)
@@ -141,6 +147,8 @@ def _implicit(
         if inverses is not None:
             t *= tl.load(inverses + k)[None, :] if EVEN_C else tl.load(inverses + k, mask=inside, other=0.0)[None, :]
         t *= step_of[:, None]
+        if STATIC:
+            t = clamp(t, -127.0, 127.0)
         a = (t + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
         if ASM:
             a = tl.inline_asm_elementwise(KEEP_ASM, "=r,r", [a], dtype=tl.int8, is_pure=False, pack=4)
@@ -168,7 +176,12 @@ class Measured:
 
 
 def measure(
-    x: Tensor, geometry: Geometry, smooth: Tensor | None, shift: Tensor | None, down: Tensor | None
+    x: Tensor,
+    geometry: Geometry,
+    smooth: Tensor | None,
+    shift: Tensor | None,
+    down: Tensor | None,
+    act_scale: Tensor | None = None,
 ) -> Measured:
     """What the product needs to know of images x (B, C, H, W); smooth, shift (if not a scalar) and down tap-major. One launch."""
     (b, c), (height, width) = x.shape[:2], geometry.output(*x.shape[2:])
@@ -182,7 +195,7 @@ def measure(
     config = tuning.launch("act", tuning.capability_of(x.device), m)
     with torch.cuda.device_of(x):
         _measure[(triton.cdiv(m, config.bm),)](
-            x, smooth, shift, down, out.scales, out.steps, out.inverses, out.h, m, c, rank, *x.shape[2:], height, width,
+            x, smooth, shift, down, act_scale, out.scales, out.steps, out.inverses, out.h, m, c, rank, *x.shape[2:], height, width,
             *x.stride(), BM=config.bm, BK=BLOCK, RP=rp, SHIFT_ROW=shift is not None and shift.ndim > 0,
             EVEN_C=c % BLOCK == 0, **_constants(geometry), **config.options, enable_fp_fusion=False,
         )  # fmt: skip
@@ -206,7 +219,7 @@ def implicit(x: Tensor, slots: Slots, geometry: Geometry, measured: Measured, as
             w_scale, slots.up, slots.bias, y, m, n, c, slots.codes.shape[1], slots.rank, *x.shape[2:], height, width,
             *x.stride(), BM=config.bm, BN=config.bn, BK=BLOCK, RP=padded_rank(slots.rank),
             SHIFT_ROW=slots.shift is not None and slots.shift.ndim > 0, EVEN_C=c % BLOCK == 0, HEIGHT=HEIGHT, ASM=asm,
-            **_constants(geometry), **config.options, enable_fp_fusion=False,
+            STATIC=slots.act_scale is not None, **_constants(geometry), **config.options, enable_fp_fusion=False,
         )  # fmt: skip
     return y
 
@@ -234,7 +247,8 @@ def conv2d(x: Tensor, slots: Slots, geometry: Geometry) -> Tensor:
     elif x.shape[0] == 0:
         y = x.new_empty(0, slots.n)
     else:
-        y = implicit(x, slots, geometry, measure(x, geometry, slots.smooth, slots.shift, slots.down))
+        seen = measure(x, geometry, slots.smooth, slots.shift, slots.down, slots.act_scale)
+        y = implicit(x, slots, geometry, seen)
     return y.view(x.shape[0], height, width, slots.n).permute(0, 3, 1, 2)
 
 
@@ -296,7 +310,7 @@ def _register() -> None:
     """Kernels of the linear layer's names and needs, but for Hadamard transforms."""
     for name in ("triton_w4s_a8", "triton_w8a8"):
         like = registry.find("linear", name)
-        needs = replace(like.needs, refuses=like.needs.refuses | {"hadamard", "static_act"})
+        needs = replace(like.needs, refuses=like.needs.refuses | {"hadamard"})
         register(Kernel("conv2d", name, needs, conv2d, like.priority, pack, unpack))
 
 
@@ -323,7 +337,7 @@ def aot_cases() -> list[AotCase]:
             "conv/measure",
             _measure,
             signature=measured | dict.fromkeys(numbers, "i32"),
-            constexprs={**common, "BM": act.bm},
+            constexprs={**common, "act_scale": None, "BM": act.bm},
             divisible=(*measured, *divisible),
             options={**act.options, "enable_fp_fusion": False},
             targets=targets,
@@ -337,7 +351,7 @@ def aot_cases() -> list[AotCase]:
                 f"conv/implicit{name}",
                 _implicit,
                 signature=product | dict.fromkeys(numbers, "i32"),
-                constexprs={**common, "BM": tile.bm, "BN": tile.bn, "HEIGHT": HEIGHT, "ASM": asm},
+                constexprs={**common, "BM": tile.bm, "BN": tile.bn, "HEIGHT": HEIGHT, "ASM": asm, "STATIC": False},
                 divisible=(*product, *divisible),
                 options={**tile.options, "enable_fp_fusion": False},
                 targets=tuple(some),

@@ -17,6 +17,8 @@ samples, https://github.com/NVIDIA/cuda-samples; of quantizing behind the produc
 
 __all__ = ["aot_cases", "fused_linear", "mlp"]
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -56,13 +58,13 @@ def requantize_band(
             rows = (pm * BM + first).to(tl.int64) + tl.arange(0, BM2)
             if ACT2 == "int8_row":
                 rows_to_int8(
-                    y, smooth, shift, down, codes, scales, h, None, None, None, None, gate, rows, M, K2, KP2, R2, N, 1, N,
+                    y, smooth, shift, down, None, codes, scales, h, None, None, None, None, gate, rows, M, K2, KP2, R2, N, 1, N,
                     0.0, BM2, BK2, RP2, SHIFT_ROW2, HAD2, KIND2,
                 )  # fmt: skip
             else:
                 rows_to_blocks(
-                    y, smooth, shift, down, codes, scales, zeros, h, None, None, None, None, gate, rows, M, K2, KP2, R2, N,
-                    1, N, 0.0, ACT2, BM2, BK2, RP2, SHIFT_ROW2, HAD2, KIND2, ASM2,
+                    y, smooth, shift, down, None, codes, scales, zeros, h, None, None, None, None, gate, rows, M, K2, KP2, R2,
+                    N, 1, N, 0.0, ACT2, BM2, BK2, RP2, SHIFT_ROW2, False, HAD2, KIND2, ASM2,
                 )  # fmt: skip
 
 
@@ -116,8 +118,9 @@ def _quantized(x: Tensor, slots: Slots, producer: Producer, clear: bool = False)
         producer = Producer(producer.kind, gate=producer.gate.reshape(-1, x.shape[-1]))
     kp = layouts.round_up(triton_linear.columns(slots.codes), GROUP)
     return quantize_act(
-        rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard, producer, clear=clear
-    )
+        rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard, producer, clear=clear,
+        act_scale=slots.act_scale,
+    )  # fmt: skip
 
 
 def requantized(
@@ -167,11 +170,15 @@ def second_layer(y: Tensor, second: Slots, kp2: int, activation: str) -> tuple[A
 
 
 def _register() -> None:
-    """The integer kernels of op "linear" serve the fused ops under the same names, needs and layouts."""
+    """The integer kernels of op "linear" serve the fused ops under the same names, needs and layouts.
+
+    The second layer's scales are measured behind the first product: stored ones are for the layers one by one.
+    """
     for name in triton_linear.NAMES:
         like = registry.find("linear", name)
+        measured = replace(like.needs, refuses=like.needs.refuses | {"static_act"})
         register(Kernel("fused_linear", name, like.needs, fused_linear, like.priority, like.pack, like.unpack))
-        register(Kernel("mlp", name, like.needs, mlp, like.priority, like.pack, like.unpack))
+        register(Kernel("mlp", name, measured, mlp, like.priority, like.pack, like.unpack))
 
 
 _register()

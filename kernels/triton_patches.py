@@ -14,8 +14,6 @@ channels-last in memory. A 1 × 1 convolution is the linear layer itself. Weight
 
 __all__ = ["aot_cases", "conv2d", "quantize_patches", "rows_of"]
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -31,9 +29,12 @@ from qgen.kernels.triton_act import (
     Activations,
     add_down,
     allocate,
+    check_static,
+    clamp,
     int8_scale,
     inverse,
     padded_rank,
+    per_group,
     store_int4,
     store_int8,
     tile_for,
@@ -61,15 +62,18 @@ def _patches(
 
 @triton.jit
 def _quantize_patches(
-    x, smooth, shift, down, codes, scales, zeros, h, M, K, KP, R, H, W, H_OUT, W_OUT, stride_b, stride_c, stride_h,
-    stride_w, ACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr, HAD:
-    tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX:
+    x, smooth, shift, down, act_scale, codes, scales, zeros, h, M, K, KP, R, H, W, H_OUT, W_OUT, stride_b, stride_c, stride_h,
+    stride_w, ACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, SHIFT_ROW: tl.constexpr, SCALE_ROW:
+    tl.constexpr, HAD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX:
     tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
 ):  # fmt: skip
     """`triton_act`'s kernels for patches: codes, scales, zeros and h as there."""
     pixel = tl.program_id(0) * BM + tl.arange(0, BM)
     rows, live = pixel.to(tl.int64), pixel < M
     amax = tl.zeros((BM,), dtype=tl.float32)
+    if ACT == "int8_row" and act_scale is not None:
+        scale = amax + tl.load(act_scale)
+        steps = inverse(scale)[:, None]
     low_rank = tl.zeros((BM, RP if RP > 0 else 1), dtype=tl.float32)
     for k0 in range(0, KP, BK):
         cols = k0 + tl.arange(0, BK)
@@ -99,11 +103,13 @@ def _quantize_patches(
         if RP > 0:
             low_rank = add_down(low_rank, tile, cols, down, K, R, RP)
         t = transform(tile, cols, keep, K, smooth, shift, SHIFT_ROW, BM, BK, HAD)
-        if ACT == "int8_row":
-            amax = tl.maximum(amax, tl.max(tl.abs(t), 1))
+        if ACT != "int8_row":
+            store_int4(t, k0, rows, live, act_scale, codes, scales, zeros, M, KP, ACT, BM, BK, SCALE_ROW)
+        elif act_scale is not None:
+            store_int8(clamp(t * steps, -127.0, 127.0), k0, rows, live, codes, M, KP, BM, BK)
         else:
-            store_int4(t, k0, rows, live, codes, scales, zeros, M, KP, ACT, BM, BK)
-    if ACT == "int8_row":
+            amax = tl.maximum(amax, tl.max(tl.abs(t), 1))
+    if ACT == "int8_row" and act_scale is None:
         scale = int8_scale(amax)
         steps = inverse(scale)[:, None]
         for k0 in range(0, KP, BK):
@@ -115,6 +121,7 @@ def _quantize_patches(
             )  # fmt: skip
             t = transform(tile, cols, keep, K, smooth, shift, SHIFT_ROW, BM, BK, HAD)
             store_int8(t * steps, k0, rows, live, codes, M, KP, BM, BK)
+    if ACT == "int8_row":
         tl.store(scales + rows, scale, mask=live)
     if RP > 0:
         r = tl.arange(0, RP)
@@ -130,12 +137,14 @@ def quantize_patches(
     shift: Tensor | None = None,
     down: Tensor | None = None,
     hadamard: int = 0,
+    act_scale: Tensor | None = None,
 ) -> Activations:
     """Quantizes the patches of images x (B, C, H, W), any strides, in rows M = B · H' · W'; one launch.
 
     The other arguments and what is returned are as in `triton_act.quantize_act`, for integer formats; smooth, shift and
     down have K = C · kernel height · kernel width columns.
     """
+    check_static(act, kp, act_scale)
     b, c, height, width = x.shape
     h_out, w_out = geometry.output(height, width)
     m, k = b * h_out * w_out, c * geometry.kernel_size[0] * geometry.kernel_size[1]
@@ -150,9 +159,9 @@ def quantize_patches(
     pairs = (*geometry.kernel_size, *geometry.stride, *geometry.padding, *geometry.dilation)
     with torch.cuda.device_of(x):
         _quantize_patches[(triton.cdiv(m, bm),)](
-            x, smooth, shift, down, out.codes, out.scales, out.zeros, out.h, m, k, kp, rank, height, width, h_out,
-            w_out, *x.stride(), ACT=act, BM=bm, BK=bk, RP=padded_rank(rank), SHIFT_ROW=shift is not None and
-            shift.ndim > 0, HAD=hadamard, **dict(zip(names, pairs, strict=True)), **config.options,
+            x, smooth, shift, down, act_scale, out.codes, out.scales, out.zeros, out.h, m, k, kp, rank, height, width,
+            h_out, w_out, *x.stride(), ACT=act, BM=bm, BK=bk, RP=padded_rank(rank), SHIFT_ROW=shift is not None and
+            shift.ndim > 0, SCALE_ROW=per_group(act_scale), HAD=hadamard, **dict(zip(names, pairs, strict=True)), **config.options,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -172,7 +181,9 @@ def conv2d(x: Tensor, slots: Slots, geometry: Geometry) -> Tensor:
         y = triton_linear.linear(rows_of(x, geometry), slots)
     else:
         kp = layouts.round_up(triton_linear.columns(slots.codes), GROUP)
-        a = quantize_patches(x, geometry, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard)
+        a = quantize_patches(
+            x, geometry, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard, slots.act_scale
+        )
         y = triton_linear.gemm(
             a, slots.codes, slots.scales, slots.global_scale, slots.up, slots.bias, slots.weight, slots.act, slots.n, x.dtype
         )  # fmt: skip
@@ -185,8 +196,7 @@ def _register() -> None:
         like = registry.find("linear", name)
         behind = "int8_row" in like.needs.acts and name != "triton_w4a8"
         here, priority = (f"{name}_patches", like.priority - 5) if behind else (name, like.priority)
-        needs = replace(like.needs, refuses=like.needs.refuses | {"static_act"})
-        register(Kernel("conv2d", here, needs, conv2d, priority, like.pack, like.unpack))
+        register(Kernel("conv2d", here, like.needs, conv2d, priority, like.pack, like.unpack))
 
 
 _register()
@@ -211,8 +221,8 @@ def _case(act: str, targets: tuple) -> AotCase:
     }  # fmt: skip
     numbers = ["M", "K", "KP", "R", "H", "W", "H_OUT", "W_OUT", "stride_b", "stride_c", "stride_h", "stride_w"]
     constexprs = {
-        "shift": None, "zeros": None, "ACT": act, "BM": bm, "BK": bk, "RP": 32, "SHIFT_ROW": False, "HAD": 0, "KH": 3,
-        "KW": 3, "SY": 1, "SX": 1, "PY": 1, "PX": 1, "DY": 1, "DX": 1,
+        "shift": None, "zeros": None, "act_scale": None, "ACT": act, "BM": bm, "BK": bk, "RP": 32, "SHIFT_ROW": False,
+        "SCALE_ROW": False, "HAD": 0, "KH": 3, "KW": 3, "SY": 1, "SX": 1, "PY": 1, "PX": 1, "DY": 1, "DX": 1,
     }  # fmt: skip
     if act == "uint4_g64":
         del constexprs["zeros"]

@@ -8,6 +8,10 @@ Four launches and two small reductions:
 Traffic is one read of q, two of k and v, and one write of the codes. The mean of q is rounded to q's dtype before it is subtracted: any
 vector may be subtracted, and this one makes q̄·k a product of 16-bit numbers, exact in float32.
 
+With `heads` q and k are normed and rotated first (RMSNorm, rotary positions: `fusion.Heads`), and rounded to their dtype as the model's own
+modules would have stored them; no launch is added, and they are never written. A rotation reads each row twice, once with partners in
+place: no shuffles, and heads of any even size. k is normed by all three kernels that read it.
+
 With `hadamard` the tiles of q and k are multiplied by a block Hadamard matrix in registers, before they are rounded; no launch is added,
 and codes equal the reference's up to ties, since sums have another order.
 
@@ -25,6 +29,7 @@ from torch import Tensor
 from qgen.kernels.aot_case import AotCase
 from qgen.kernels.attention_ops import AMD, SPECS
 from qgen.kernels.attention_reference import BLOCK_K, BLOCK_Q, E4M3_MAX, LOG2E, SMALLEST_E2M1, Codes
+from qgen.kernels.fusion import Heads
 from qgen.kernels.triton_hadamard import rotate
 
 CHUNK = 1024  # tokens per program of _sums
@@ -89,6 +94,35 @@ def e2m1_blocks(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
 
 
 @triton.jit
+def _head_tile(
+    X, at, rd, places, inside, GAMMA, COS, SIN, eps, D: tl.constexpr, HALVES: tl.constexpr
+):  # fmt: skip
+    """Rows of X (offsets `at`) of one head, columns rd, RMSNorm and rotation applied, in X's dtype; 0 where not inside.
+
+    GAMMA: the head's D weights, or None. COS, SIN: (L, D / 2) float32 for positions `places`, or None.
+    """
+    x = tl.load(X + at[:, None] + rd[None, :], mask=inside, other=0.0)
+    if GAMMA is not None or COS is not None:
+        wide, rstd = x.to(tl.float32), 1.0
+        if GAMMA is not None:
+            rstd = (1.0 / tl.sqrt(tl.sum(wide * wide, 1) / D + eps))[:, None]
+            wide = wide * rstd * tl.load(GAMMA + rd, mask=rd < D, other=0.0).to(tl.float32)[None, :]
+        if COS is not None:
+            HALF: tl.constexpr = D // 2
+            other = tl.where(rd < HALF, rd + HALF, rd - HALF) if HALVES else rd ^ 1
+            pair = tl.where(rd < HALF, rd, rd - HALF) if HALVES else rd // 2
+            sign = tl.where(rd < HALF if HALVES else rd % 2 == 0, -1.0, 1.0)
+            partner = tl.load(X + at[:, None] + other[None, :], mask=inside, other=0.0).to(tl.float32)
+            if GAMMA is not None:
+                partner = partner * rstd * tl.load(GAMMA + other, mask=rd < D, other=0.0).to(tl.float32)[None, :]
+            turn = places[:, None] * HALF + pair[None, :]
+            cos, sin = tl.load(COS + turn, mask=inside, other=1.0), tl.load(SIN + turn, mask=inside, other=0.0)
+            wide = wide * cos + partner * sin * sign[None, :]
+        x = tl.where(inside, wide, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
 def _inverse(amax, top):
     """top / amax, 0 where amax counts as zero."""
     tops = tl.full(amax.shape, 0.0, tl.float32) + top
@@ -102,8 +136,8 @@ def _integer(x):
 
 @triton.jit
 def _sums(
-    K, V, KSUM, VMAX, skb, skh, skl, svb, svh, svl, HK, L,
-    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, BL: tl.constexpr, SMOOTH: tl.constexpr,
+    K, V, KSUM, VMAX, GAMMA, COS, SIN, skb, skh, skl, svb, svh, svl, HK, L, places, eps,
+    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, BL: tl.constexpr, SMOOTH: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Over CHUNK tokens: the sum of k and the largest |v|, per channel."""
     chunk, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -115,7 +149,10 @@ def _sums(
         v = tl.load(V + batch * svb + head * svh + rl[:, None] * svl + rd[None, :], mask=inside, other=0.0)
         top = tl.maximum(top, tl.max(tl.abs(v.to(tl.float32)), 0))
         if SMOOTH:
-            k = tl.load(K + batch * skb + head * skh + rl[:, None] * skl + rd[None, :], mask=inside, other=0.0)
+            k = _head_tile(
+                K + batch * skb + head * skh, rl * skl, rd, rl % places, inside, None if GAMMA is None else GAMMA + head * D,
+                COS, SIN, eps, D, HALVES,
+            )  # fmt: skip
             total += tl.sum(k.to(tl.float32), 0)
     row = ((chunk.to(tl.int64) * tl.num_programs(2) + batch) * HK + head) * D + rd
     tl.store(VMAX + row, top, mask=rd < D)
@@ -125,18 +162,19 @@ def _sums(
 
 @triton.jit
 def _queries(
-    Q, KMEAN, CODES, BLOCKS, SCALE, MEAN, SHIFT, sqb, sqh, sql, H, GROUPS, L, scale, unit,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    FP4: tl.constexpr, SMOOTH_K: tl.constexpr, SMOOTH_Q: tl.constexpr, HAD: tl.constexpr, ASM: tl.constexpr,
+    Q, KMEAN, CODES, BLOCKS, SCALE, MEAN, SHIFT, GAMMA, COS, SIN, sqb, sqh, sql, H, GROUPS, L, places, eps, scale, unit,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, FP4: tl.constexpr, SMOOTH_K: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    HAD: tl.constexpr, HALVES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """BM tokens of q. Codes have D columns for int8, DP / 2 bytes for e2m1."""
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = batch * H + head
     rm, rd = part * BM + tl.arange(0, BM), tl.arange(0, DP)
     inside = (rm < L)[:, None] & (rd < D)[None, :]
-    x = tl.load(
-        Q + batch * sqb + head.to(tl.int64) * sqh + rm.to(tl.int64)[:, None] * sql + rd[None, :], mask=inside, other=0.0
-    ).to(tl.float32)
+    x = _head_tile(
+        Q + batch * sqb + head.to(tl.int64) * sqh, rm.to(tl.int64) * sql, rd, rm % places, inside,
+        None if GAMMA is None else GAMMA + head * D, COS, SIN, eps, D, HALVES,
+    ).to(tl.float32)  # fmt: skip
     if SMOOTH_K:
         kmean = tl.load(KMEAN + (batch * (H // GROUPS) + head // GROUPS) * D + rd, mask=rd < D, other=0.0)
         tl.store(SHIFT + row * L + rm, tl.sum(x * kmean[None, :], 1) * scale, mask=rm < L)
@@ -165,10 +203,10 @@ def _queries(
 
 @triton.jit
 def _keys(
-    K, V, KMEAN, VAMAX, KCODES, KBLOCKS, KSCALE, VCODES, VBLOCKS, VSCALE,
-    skb, skh, skl, svb, svh, svl, HK, L, LP, v_max,
-    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    FP4: tl.constexpr, PV: tl.constexpr, SMOOTH_K: tl.constexpr, HAD: tl.constexpr, ASM: tl.constexpr,
+    K, V, KMEAN, VAMAX, KCODES, KBLOCKS, KSCALE, VCODES, VBLOCKS, VSCALE, GAMMA, COS, SIN,
+    skb, skh, skl, svb, svh, svl, HK, L, LP, places, eps, v_max,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, FP4: tl.constexpr, PV: tl.constexpr, SMOOTH_K: tl.constexpr,
+    HAD: tl.constexpr, HALVES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """BN tokens of k and v; those beyond L become zero codes. The first program of a head stores the scales of v."""
     part, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -176,7 +214,10 @@ def _keys(
     rn, rd = part * BN + tl.arange(0, BN), tl.arange(0, DP)
     wide = rn.to(tl.int64)
     inside = (rn < L)[:, None] & (rd < D)[None, :]
-    x = tl.load(K + batch * skb + head * skh + wide[:, None] * skl + rd[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = _head_tile(
+        K + batch * skb + head * skh, wide * skl, rd, rn % places, inside, None if GAMMA is None else GAMMA + head * D,
+        COS, SIN, eps, D, HALVES,
+    ).to(tl.float32)  # fmt: skip
     if SMOOTH_K:
         kmean = tl.load(KMEAN + row * D + rd, mask=rd < D, other=0.0)
         x = tl.where(inside, x - kmean[None, :], 0.0)
@@ -222,9 +263,9 @@ def _keys(
 
 @triton.jit
 def _delta(
-    MEAN, K, KMEAN, QSCALE, KSCALE, DELTA, skb, skh, skl, H, GROUPS, NQ, LQ, L, LP, unit,
+    MEAN, K, KMEAN, QSCALE, KSCALE, DELTA, GAMMA, COS, SIN, skb, skh, skl, H, GROUPS, NQ, LQ, L, LP, places, eps, unit,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BLOCK_Q: tl.constexpr, SMOOTH_K: tl.constexpr,
-    FP4: tl.constexpr,
+    FP4: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """BQ query means times BN keys: unit · (q̄·k - q̄·k̄), for FP4 over their scales; 0 for keys beyond L."""
     row = tl.program_id(2).to(tl.int64)
@@ -234,12 +275,11 @@ def _delta(
     mean = tl.load(
         MEAN + (row * NQ + rq[:, None]) * D + rd[None, :], mask=(rq < NQ)[:, None] & (rd < D)[None, :], other=0.0
     )
-    k = tl.load(
-        K + batch * skb + head // GROUPS * skh + rn.to(tl.int64)[None, :] * skl + rd[:, None],
-        mask=(rn < L)[None, :] & (rd < D)[:, None],
-        other=0.0,
-    )
-    x = tl.dot(mean, k)
+    k = _head_tile(
+        K + batch * skb + head // GROUPS * skh, rn.to(tl.int64) * skl, rd, rn % places, (rn < L)[:, None] & (rd < D)[None, :],
+        None if GAMMA is None else GAMMA + head // GROUPS * D, COS, SIN, eps, D, HALVES,
+    )  # fmt: skip
+    x = tl.dot(mean, tl.trans(k))
     if SMOOTH_K:
         kmean = tl.load(KMEAN + (batch * (H // GROUPS) + head // GROUPS) * D + rd, mask=rd < D, other=0.0)
         x -= tl.sum(mean.to(tl.float32) * kmean[None, :], 1)[:, None]
@@ -263,14 +303,19 @@ def prepare(
     v_max: float = E4M3_MAX,
     asm: bool = False,
     hadamard: int = 0,
+    heads: tuple[Heads, Heads] | None = None,
 ) -> Codes:
     """Quantizes q (B, H, Lq, D), k and v (B, Hkv, Lk, D), of any strides whose last is 1; see `attention_reference.prepare`.
 
+    heads: norm and rotation of q and of k, which then are what the projections gave; row l is at position l modulo the length of cos.
+    Raises ValueError if they are for other heads.
     asm: use the e2m1 conversion instruction of compute capability 10 and above; its result is the same.
     """
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     qk, pv = SPECS[spec]
     (b, h, lq, d), (hk, lk) = q.shape, k.shape[1:3]
+    of_q, of_k = (_arguments(part, d, n) for part, n in zip(heads or (None, None), (h, hk), strict=True))
+    warps = 8 if heads else 4  # a row and its partners take twice the registers
     fp4, dp = qk == "e2m1", triton.next_power_of_2(d)
     nq, nk, chunks = triton.cdiv(lq, BLOCK_Q), triton.cdiv(lk, BLOCK_K), triton.cdiv(lk, CHUNK)
     lp, unit = nk * BLOCK_K, scale * LOG2E
@@ -280,8 +325,8 @@ def prepare(
 
     totals, tops = new(chunks, b, hk, d), new(chunks, b, hk, d)
     _sums[(chunks, hk, b)](
-        k, v, totals, tops, *k.stride()[:3], *v.stride()[:3], hk, lk,
-        D=d, DP=dp, CHUNK=CHUNK, BL=64, SMOOTH=smooth_k, num_warps=4,
+        k, v, totals, tops, **_strides(k, "k"), **_strides(v, "v"), HK=hk, L=lk,
+        D=d, DP=dp, CHUNK=CHUNK, BL=64, SMOOTH=smooth_k, **of_k, num_warps=warps,
     )  # fmt: skip
     k_mean, v_amax = totals.sum(0) * (1.0 / lk) if smooth_k else None, tops.amax(0)
 
@@ -290,8 +335,8 @@ def prepare(
     q_scale, shift = new(b, h, lq), new(b, h, lq) if smooth_k else None
     mean = new(b, h, nq, d, dtype=q.dtype) if smooth_q else None
     _queries[(nq, h, b)](
-        q, k_mean, q_codes, q_blocks, q_scale, mean, shift, *q.stride()[:3], h, h // hk, lq, scale, unit,
-        D=d, DP=dp, BM=BLOCK_Q, FP4=fp4, SMOOTH_K=smooth_k, SMOOTH_Q=smooth_q, HAD=hadamard, ASM=asm, num_warps=8,
+        q, k_mean, q_codes, q_blocks, q_scale, mean, shift, **_strides(q, "q"), H=h, GROUPS=h // hk, L=lq, scale=scale, unit=unit,
+        D=d, DP=dp, BM=BLOCK_Q, FP4=fp4, SMOOTH_K=smooth_k, SMOOTH_Q=smooth_q, HAD=hadamard, ASM=asm, **of_q, num_warps=8,
     )  # fmt: skip
 
     k_codes = new(b, hk, lp, dp // 2, dtype=torch.uint8) if fp4 else new(b, hk, lp, d, dtype=torch.int8)
@@ -306,29 +351,50 @@ def prepare(
         v_blocks = new(b, hk, d, lp // 16, dtype=torch.float8_e4m3fn)
     _keys[(nk, hk, b)](
         k, v, k_mean, v_amax, k_codes, k_blocks, k_scale, v_codes, v_blocks, v_scale,
-        *k.stride()[:3], *v.stride()[:3], hk, lk, lp, float(v_max),
-        D=d, DP=dp, BN=BLOCK_K, FP4=fp4, PV=pv, SMOOTH_K=smooth_k, HAD=hadamard, ASM=asm, num_warps=4,
+        **_strides(k, "k"), **_strides(v, "v"), HK=hk, L=lk, LP=lp, v_max=float(v_max),
+        D=d, DP=dp, BN=BLOCK_K, FP4=fp4, PV=pv, SMOOTH_K=smooth_k, HAD=hadamard, ASM=asm, **of_k, num_warps=warps,
     )  # fmt: skip
 
     delta = new(b, h, nq, lp) if smooth_q else None
     if smooth_q:
         _delta[(nk, triton.cdiv(nq, GROUP), b * h)](
-            mean, k, k_mean, q_scale, k_scale, delta, *k.stride()[:3], h, h // hk, nq, lq, lk, lp, unit,
-            D=d, DP=dp, BQ=GROUP, BN=BLOCK_K, BLOCK_Q=BLOCK_Q, SMOOTH_K=smooth_k, FP4=fp4, num_warps=4,
+            mean, k, k_mean, q_scale, k_scale, delta, **_strides(k, "k"), H=h, GROUPS=h // hk, NQ=nq, LQ=lq, L=lk, LP=lp, unit=unit,
+            D=d, DP=dp, BQ=GROUP, BN=BLOCK_K, BLOCK_Q=BLOCK_Q, SMOOTH_K=smooth_k, FP4=fp4, **of_k, num_warps=4,
         )  # fmt: skip
     return Codes(
         q_codes, q_blocks, q_scale, k_codes, k_blocks, k_scale, v_codes, v_blocks, v_scale, delta, shift, lk, spec
     )
 
 
+def _strides(t: Tensor, name: str) -> dict[str, int]:
+    return dict(zip((f"s{name}b", f"s{name}h", f"s{name}l"), t.stride()[:3], strict=True))
+
+
+def _arguments(heads: Heads | None, d: int, count: int) -> dict:
+    """What `_head_tile` reads, for `count` heads of d. ValueError if `heads` describes others."""
+    if heads is None:
+        return dict.fromkeys(("GAMMA", "COS", "SIN")) | {"places": 1, "eps": 0.0, "HALVES": False}
+    if (heads.dim, heads.columns) != (d, count * d):
+        raise ValueError(
+            f"expected norm and rotation of {count} heads of {d}, found {heads.columns} columns in heads of {heads.dim}"
+        )
+    return {
+        "GAMMA": heads.gamma, "COS": heads.cos, "SIN": heads.sin, "places": 1 if heads.cos is None else heads.cos.shape[0],
+        "eps": float(heads.eps), "HALVES": heads.halves,
+    }  # fmt: skip
+
+
 def aot_cases() -> list[AotCase]:
     """What is compiled without a GPU: each kernel for a card of each kind, head dimension 128, queries smoothed or not, rotated or not."""
     cases = [
         _case("sums", _sums, {"CHUNK": CHUNK, "BL": 64, "SMOOTH": True}, (80, 120, ("hip", "gfx942")), 4),
+        _case("sums_heads", _sums, {"CHUNK": CHUNK, "BL": 64, "SMOOTH": True}, (80, 120), 8, heads=True),
     ]
     for name, fp4, targets in (("delta", False, (80, ("hip", "gfx942"))), ("delta_fp4", True, (100, 120))):
         constants = {"BQ": GROUP, "BN": BLOCK_K, "BLOCK_Q": BLOCK_Q, "SMOOTH_K": True, "FP4": fp4}
         cases.append(_case(name, _delta, constants, targets, 4))
+        if fp4:
+            cases.append(_case(f"{name}_heads", _delta, constants, targets, 4, heads=True))
     amd = tuple(("hip", arch) for arch in AMD)
     for name, fp4, pv, targets, had in (
         ("int8", False, "fp16", (80, 90, *amd), 0),
@@ -336,30 +402,44 @@ def aot_cases() -> list[AotCase]:
         ("fp4", True, "e2m1", (100, 120), 0),
         ("int8_h128", False, "fp16", (80, 90), 128),
         ("fp4_h128", True, "e2m1", (100, 120), 128),
+        ("int8_heads", False, "fp16", (80, 90), 0),
+        ("fp4_heads", True, "e2m1", (100, 120), 0),
     ):
+        heads = name.endswith("heads")
         smooth = {"SMOOTH_K": True, "HAD": had, "ASM": fp4}
         if name != "int8_fp8":
             queries = {"BM": BLOCK_Q, "FP4": fp4, "SMOOTH_Q": fp4, **smooth}
-            cases.append(_case(f"queries_{name}", _queries, queries, targets, 8))
-        cases.append(_case(f"keys_{name}", _keys, {"BN": BLOCK_K, "FP4": fp4, "PV": pv, **smooth}, targets, 4))
+            cases.append(_case(f"queries_{name}", _queries, queries, targets, 8, heads))
+        cases.append(
+            _case(
+                f"keys_{name}",
+                _keys,
+                {"BN": BLOCK_K, "FP4": fp4, "PV": pv, **smooth},
+                targets,
+                8 if heads else 4,
+                heads,
+            )
+        )
     return cases
 
 
-def _case(name: str, fn, constants: dict, targets: tuple, warps: int) -> AotCase:
+def _case(name: str, fn, constants: dict, targets: tuple, warps: int, heads: bool = False) -> AotCase:
     fp4, pv = constants.get("FP4", False), constants.get("PV", "")
-    constants = {"D": 128, "DP": 128, **constants}
+    constants = {"D": 128, "DP": 128, "HALVES": heads, **constants}
     types = {
-        **dict.fromkeys(("Q", "K", "V", "MEAN"), "*bf16"),
+        **dict.fromkeys(("Q", "K", "V", "MEAN", "GAMMA"), "*bf16"),
         **dict.fromkeys(
-            ("KSUM", "VMAX", "KMEAN", "VAMAX", "SCALE", "SHIFT", "QSCALE", "KSCALE", "VSCALE", "DELTA"), "*fp32"
+            ("KSUM", "VMAX", "KMEAN", "VAMAX", "SCALE", "SHIFT", "QSCALE", "KSCALE", "VSCALE", "DELTA", "COS", "SIN"),
+            "*fp32",
         ),
         **dict.fromkeys(("CODES", "KCODES"), "*u8" if fp4 else "*i8"),
         **dict.fromkeys(("BLOCKS", "KBLOCKS", "VBLOCKS"), "*fp8e4nv"),
         "VCODES": {"e4m3": "*fp8e4nv", "e2m1": "*u8"}.get(pv, "*fp16"),
-        **dict.fromkeys(("scale", "unit", "v_max"), "fp32"),
+        **dict.fromkeys(("scale", "unit", "v_max", "eps"), "fp32"),
     }
     absent = {"BLOCKS", "KBLOCKS"} if not fp4 else set()
     absent |= {"VBLOCKS"} if pv != "e2m1" else set()
+    absent |= set() if heads else {"GAMMA", "COS", "SIN"}
     absent |= {"MEAN"} if constants.get("SMOOTH_Q") is False else set()
     names = [n for n in fn.arg_names if n not in constants]
     strides = tuple(n for n in names if n.startswith("s") and len(n) == 3)

@@ -174,6 +174,9 @@ def test_findings_name_the_better_kernel_and_its_reason():
     assert "triton_nvfp4 needs capability 10.0 to 12.1, found 8.9" in nvfp4.better
     assert not any("cpu" in reason for f in found.values() for reason in f.better)
     assert found["8-bit floats"].kernel == "scaled_mm_fp8" and not found["8-bit floats"].better
+    assert found["4-bit weights, 8-bit activations"].fused == ("fused_linear", "mlp")
+    assert nvfp4.fused == () and found["4-bit weights, 16-bit activations"].fused == ()
+    assert all(f.fused == () for f in doctor.findings(device="cpu"))
 
 
 def test_report_of_this_machine(monkeypatch):
@@ -193,3 +196,6 @@ def test_report_of_a_gpu(monkeypatch):
     text = doctor.report(device="cuda")
     assert "NVIDIA Test, sm_120, 32.0 GiB, 170 multiprocessors" in text
     assert "triton_nvfp4" in text and "triton_int8_fp8" in text
+    lines = text.splitlines()
+    served = next(i for i, line in enumerate(lines) if line.startswith("4-bit floats (NVFP4)"))
+    assert lines[served + 1].strip().startswith("fused: norms, activations") and "MLPs in three" in lines[served + 1]

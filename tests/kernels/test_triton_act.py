@@ -82,6 +82,47 @@ def test_codes_of_awkward_rows(act, dtype):
     check(x, act)
 
 
+STATIC = ["int8_row", "int4_g64", "uint4p_g64", "uint4_g64"]
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (63, 200)], ids=lambda v: str(v))
+@pytest.mark.parametrize("act", STATIC)
+def test_codes_under_stored_scales(act, m, k):
+    """Of one scale and of one per group; what they do not cover saturates; groups of scale 0 become 0."""
+    kp = layouts.round_up(k, 64)
+    for dtype in DTYPES:
+        x = (torch.randn(m, k) * 3).to(dtype)
+        x[m // 2, 0], x[m // 3, -1] = 6e4, -6e4
+        smooth, down = torch.rand(k).add(0.5).to(dtype), torch.randn(16, k).to(dtype)
+        for scale in (torch.tensor(0.03), torch.rand(kp // 64).add(0.1)):
+            if scale.numel() > 1 and act == "int8_row":
+                continue
+            if scale.numel() > 1:
+                scale[-1] = 0
+            out = quantize_act(x, act, kp, smooth, torch.tensor(0.25).to(dtype), down, act_scale=scale)
+            seen = reference.transform_act(x, kp, smooth, torch.tensor(0.25).to(dtype), 0)
+            want = reference.quantize_act(seen, act, scale)
+            codes, scales, zeros = canonical(out, act, m, kp)
+            assert torch.equal(codes, want.codes)
+            assert torch.equal(scales, want.scales.expand(m, -1))
+            assert zeros is None or not zeros.any()
+            assert torch.equal(out.h, quantize_act(x, None, kp, down=down).h)
+
+
+@pytest.mark.parametrize(
+    ("act", "scale", "message"),
+    [
+        ("int8_row", torch.ones(2), "takes one scale, found"),
+        ("int4_g64", torch.ones(3), "takes one scale or 2, found"),
+        ("mxfp4", torch.ones(()), "go with integers, found the format 'mxfp4'"),
+        (None, torch.ones(()), "go with integers, found the format 'none'"),
+    ],
+)
+def test_stored_scales_that_do_not_fit(act, scale, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_act(torch.randn(2, 128).bfloat16(), act, 128, act_scale=scale)
+
+
 def test_rows_may_lie_apart():
     x = torch.randn(63, 512).bfloat16()
     out, want = quantize_act(x[:, :256], "int8_row", 256), quantize_act(x[:, :256].contiguous(), "int8_row", 256)

@@ -97,6 +97,18 @@ def test_odd_images(kernel, fill):
         assert torch.equal(y, slots["bias"].expand_as(y))
 
 
+@pytest.mark.parametrize("name", ["3x3", "1x1"])
+@pytest.mark.parametrize("kernel", FORMATS)
+def test_stored_activation_scales(kernel, name):
+    """Of which two thirds of the values are within what they cover."""
+    geometry, x = GEOMETRIES[name], images().float()
+    slots, ask = make_conv(*FORMATS[kernel], 40, x.shape[1], geometry, torch.float32, shift="scalar")
+    slots["act_scale"] = torch.tensor([1 / 127])
+    y, names = run(kernel, x, slots, ask)
+    want = run_reference(patches(x, geometry), slots, ask)
+    assert len(names) == 2 and (y - want).abs().max() < 2e-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("options", [{"rank": 0}, {"smooth": False}, {"bias": False}, {"rank": 130}])
 def test_absent_parts(options):
     geometry, x = GEOMETRIES["3x3_stride2"], images()

@@ -239,7 +239,9 @@ def test_needs(mode):
     assert needs.refusals(ask(capability=(7, 5))) == ["needs capability 8.0 to 12.1, found 7.5"]
     assert "serves activations in" in needs.refusals(ask(act="mxfp4"))[0]
     assert "serves weights in" in needs.refusals(ask(weight="nvfp4"))[0]
-    assert needs.refusals(ask(traits=frozenset({"static_act"}))) == ["cannot do static_act"]
+    assert not needs.refusals(ask(static="tensor", traits=frozenset({"static_act"})))
+    per_block = ["serves scales of activations stored per tensor, asked one per block"] if act == "int8_row" else []
+    assert needs.refusals(ask(static="block")) == per_block
     assert all(not needs.refusals(ask(device="hip", capability=arch)) for arch in ("gfx942", "gfx1100", "gfx1201"))
     assert needs.refusals(ask(hadamard=512)) == ["serves block transforms of 16/32/64/128/256, asked 512"]
     assert needs.refusals(ask(device="hip", capability="gfx1030"))
@@ -270,6 +272,27 @@ def test_layer_runs_saves_and_moves_back(mode):
     x.grad = None
     layer(x).float().sum().backward()
     assert torch.equal(gradient, x.grad)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stored_activation_scales(mode):
+    """Two launches; the reference's numbers, where rows exceed the scale too."""
+    name, weight, act = MODES[mode]
+    slots, ask = make_layer(weight, act, 72, 192, rank=16, shift="scalar")
+    per_group = act != "int8_row"
+    slots["act_scale"] = (
+        torch.rand(formats.padded(192, weight, act) // 64).add(0.2) if per_group else torch.tensor([0.02])
+    )
+    x = torch.randn(63, 192).bfloat16()
+    x[5] *= 100
+    with interpreter.launches() as names:
+        y = kernel(name).run(x, packed(kernel(name), slots, ask))
+    assert len(names) == 2
+    want = run_reference(x, slots, ask)
+    for rows in (slice(0, 5), slice(5, 6), slice(6, None)):
+        close(y[rows], want[rows])
+    measured = run_reference(x, {key: t for key, t in slots.items() if key != "act_scale"}, ask)
+    assert (want - measured).norm() > 0.05 * want.norm()
 
 
 def test_zero_points_beat_symmetric_codes_on_skewed_input():

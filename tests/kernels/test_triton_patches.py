@@ -1,7 +1,5 @@
 """Convolutions with activations in groups: codes of patches bit for bit, outputs within the kernels' tolerance."""
 
-from dataclasses import replace
-
 import interpreter
 import pytest
 import torch
@@ -61,6 +59,16 @@ def test_equals_reference(kernel, name):
         close(as_rows(y), run_reference(patches(x, geometry), slots, ask))
 
 
+@pytest.mark.parametrize("name", ["3x3", "1x1"])
+@pytest.mark.parametrize("kernel", FORMATS)
+def test_stored_activation_scales(kernel, name):
+    geometry, run, x = GEOMETRIES[name], registry.find("conv2d", kernel), images()
+    slots, ask = make_conv(*FORMATS[kernel], 40, x.shape[1], geometry, rank=16)
+    groups = 1 if FORMATS[kernel][1] == "int8_row" else slots["codes"].shape[1] // 32
+    slots["act_scale"] = torch.rand(groups).add(0.2) if groups > 1 else torch.tensor([0.01])
+    close(as_rows(run.run(x, packed(run, slots, ask), geometry)), run_reference(patches(x, geometry), slots, ask))
+
+
 def test_hadamard_along_patches():
     geometry, run = GEOMETRIES["3x3"], registry.find("conv2d", "triton_w4s_a8_patches")
     x = images()
@@ -80,4 +88,4 @@ def test_needs_and_layouts_are_those_of_the_linear_kernels():
     for name in FORMATS:
         mine, like = registry.find("conv2d", name), registry.find("linear", name.removesuffix("_patches"))
         assert (mine.pack, mine.unpack) == (like.pack, like.unpack)
-        assert mine.needs == replace(like.needs, refuses=like.needs.refuses | {"static_act"})
+        assert mine.needs == like.needs

@@ -116,6 +116,20 @@ def test_one_picture_through_the_kernels(name):
     assert sum(n for kernel, n in counted.items() if kernel.startswith("_gemm")) == len(misses)
 
 
+@pytest.mark.parametrize("name", ["w4a8", "svdquant-int4"])
+def test_a_feed_forward_block_is_three_launches(name):
+    pipe = quantized(name)
+    block, x = pipe.transformer.transformer_blocks[0].ff, torch.randn(1, 20, 256).bfloat16()
+    with interpreter.on_cpu(), torch.no_grad():
+        qgen.prepare(pipe)
+        want = block(x)
+        qgen.prepare(pipe, fuse_mlp=True)
+        with interpreter.launches() as launched:
+            y = block(x)
+    assert len(launched) == 3 and launched[1:] == ["_gemm_requantize", "_gemm"]
+    assert type(y) is torch.Tensor and error(y.float(), want.float()) < (1e-2 if name == "w4a8" else 8e-2)
+
+
 def test_eligible_on_the_cpu_only_within_the_block():
     ask = registry.Ask("linear", "cpu", "int4_g64", "int4_g64", torch.bfloat16, 64, 64)
     with interpreter.on_cpu():

@@ -14,6 +14,8 @@ from qgen.formats.fp4 import E2M1
 from qgen.kernels import attention_reference as reference
 from qgen.kernels import triton_qkv
 from qgen.kernels.attention_ops import SPECS
+from qgen.kernels.fused_reference import apply_heads
+from qgen.kernels.fusion import Heads
 from qgen.kernels.triton_qkv import E2M1X2, e2m1_pairs, prepare
 
 EXACT = ("q", "q_blocks", "q_scale", "k", "k_blocks", "k_scale", "v", "v_blocks", "v_scale")
@@ -168,3 +170,60 @@ def test_inputs_are_not_touched():
     kept = [t.clone() for t in tensors]
     prepare(*tensors, 0.1, "fp4", smooth_q=True)
     assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
+
+
+# -- norm and rotation -----------------------------------------------------------------------------------------------------
+def heads_of(count, d, length, halves, normed=True, turned=True):
+    """A norm's weights for `count` heads of d and a rotation over `length` positions."""
+    angle = torch.outer(torch.arange(length).float(), 1 / 100 ** (torch.arange(d // 2) / d))
+    return Heads(
+        d, count * d, torch.rand(count * d).add(0.5).bfloat16() if normed else None, angle.cos() if turned else None,
+        angle.sin() if turned else None, halves, 1e-5,
+    )  # fmt: skip
+
+
+def applied(x, heads):
+    """What the model's own modules would have made of x (B, H, L, D), rounded to its dtype."""
+    rows = x.transpose(1, 2).flatten(2).float()
+    return apply_heads(rows, heads).unflatten(-1, (-1, x.shape[-1])).transpose(1, 2).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "spec, h, hkv, d, halves, normed, turned",
+    [
+        ("int8", 4, 2, 64, False, True, True),
+        ("int8", 2, 2, 64, False, True, False),
+        ("int8", 2, 2, 64, False, False, True),
+        ("int8_fp8", 2, 2, 96, True, True, True),
+        ("fp4", 2, 1, 128, True, True, True),
+    ],
+)
+def test_norm_and_rotation_are_those_of_the_modules(spec, h, hkv, d, halves, normed, turned):
+    """Codes of q and k are those of the normed, rotated, stored tensors, but where another order of a sum turned a last bit."""
+    q, k, v = inputs(65, 65, h, hkv, d, torch.bfloat16)
+    heads = heads_of(h, d, 65, halves, normed, turned), heads_of(hkv, d, 65, halves, normed, turned)
+    before = [t.clone() for t in (q, k, v)]
+    found = prepare(q, k, v, 0.11, spec, True, spec == "fp4", heads=heads)
+    wanted = prepare(applied(q, heads[0]), applied(k, heads[1]), v, 0.11, spec, True, spec == "fp4")
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=True))
+    for name in ("v", "v_scale", "v_blocks"):
+        a, b = getattr(found, name), getattr(wanted, name)
+        assert a is b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    for name in ("q", "k"):
+        different = (getattr(found, name) != getattr(wanted, name)).float().mean()
+        assert different < 0.01, f"{name}: {different:.2%} of the codes differ"
+    (out, lse), (want, exact) = reference.attend(found), reference.attend(wanted)
+    assert (out - want).norm() < 4e-3 * want.norm() and (lse - exact).abs().max() < 2e-2
+
+
+def test_positions_repeat_and_other_heads_are_refused():
+    q, k, v = inputs(64, 64, 2, 2, 64, torch.bfloat16)
+    once, twice = heads_of(2, 64, 32, False, normed=False), heads_of(2, 64, 32, False, normed=False)
+    again = Heads(64, 128, None, twice.cos.repeat(2, 1), twice.sin.repeat(2, 1))
+    for name in ("q", "k", "shift"):
+        pair = (prepare(q, k, v, 0.11, "int8", heads=(h, h)) for h in (once, again))
+        assert torch.equal(*(getattr(codes, name) for codes in pair))
+    with pytest.raises(
+        ValueError, match="expected norm and rotation of 2 heads of 64, found 64 columns in heads of 64"
+    ):
+        prepare(q, k, v, 0.11, "int8", heads=(once, heads_of(1, 64, 32, False)))
