@@ -43,7 +43,7 @@ def unfolding(kernel: Kernel) -> Kernel:
         y = kernel.run(unfold(x, geometry), slots)
         return y.reshape(x.shape[0], height, width, slots.n).permute(0, 3, 1, 2)
 
-    return replace(kernel, op="conv2d", run=run)
+    return replace(kernel, op="conv2d", run=run, quantize=None, multiply=None)
 
 
 def conv2d_grad(dy: Tensor, slots: Slots, geometry: Geometry, k: int, size: tuple[int, int]) -> Tensor:

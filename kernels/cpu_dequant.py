@@ -21,9 +21,18 @@ from qgen.kernels.slots import Slots
 
 def linear(x: Tensor, slots: Slots) -> Tensor:
     """x (…, K) to y (…, N) in x's dtype, from canonical tensors."""
+    return multiply(x, quantize(x, slots), slots)
+
+
+def quantize(x: Tensor, slots: Slots) -> Tensor:
+    """x̂ (M, Kp), in float32 or as it came: the half of `linear` that layers with a common input may share."""
+    return quantized(x.reshape(-1, x.shape[-1]), slots, slots.codes.shape[-1] * 8 // formats.get(slots.weight).bits)
+
+
+def multiply(x: Tensor, xh: Tensor, slots: Slots) -> Tensor:
+    """The other half: y of x and its x̂."""
     rows = x.reshape(-1, x.shape[-1])
     dtype = _product(rows, slots.weight)
-    xh = quantized(rows, slots, slots.codes.shape[-1] * 8 // formats.get(slots.weight).bits)
     w = cpu_codes.weight(slots.codes, slots.scales, slots.global_scale, slots.zero, slots.weight, dtype)
     bias = None if slots.bias is None else slots.bias.to(dtype)
     if slots.down is None:
@@ -52,4 +61,5 @@ def _product(rows: Tensor, weight_format: str) -> torch.dtype:
     return torch.bfloat16 if quick and block <= 128 else torch.float32
 
 
-register(Kernel("linear", "cpu_dequant", Needs(devices=("cpu",)), linear, priority=10))
+_needs = Needs(devices=("cpu",))
+register(Kernel("linear", "cpu_dequant", _needs, linear, 10, quantize=quantize, multiply=multiply))

@@ -34,11 +34,19 @@ class Int8Needs(Needs):
 
 def linear(x: Tensor, slots: Slots) -> Tensor:
     """x (…, K) to y (…, N) in x's dtype, from canonical tensors."""
-    rows = x.reshape(-1, x.shape[-1])
+    return _multiply(x, _quantize(x, slots), slots)
+
+
+def _quantize(x: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+    kp = slots.codes.shape[-1] * 8 // formats.get(slots.weight).bits
+    xh = reference.transform_act(x.reshape(-1, x.shape[-1]), kp, slots.smooth, slots.shift, slots.hadamard)
+    return quantize(xh, slots.act_scale)
+
+
+def _multiply(x: Tensor, made: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
+    rows, (q, step_x) = x.reshape(-1, x.shape[-1]), made
     w, bias = int8_weight(slots.codes, slots.scales, slots.weight), slots.bias
     step_w = (slots.scales if slots.global_scale is None else slots.global_scale).float().T  # (1, N)
-    xh = reference.transform_act(rows, w.shape[1], slots.smooth, slots.shift, slots.hadamard)
-    q, step_x = quantize(xh, slots.act_scale)
     y = torch._int_mm(q, w.T).float().mul_(step_x).mul_(step_w)
     if slots.down is not None:
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and cpu_codes.fast_bf16() else torch.float32
@@ -72,4 +80,4 @@ def quantize(x: Tensor, act_scale: Tensor | None = None) -> tuple[Tensor, Tensor
 _needs = Int8Needs(
     devices=("cpu",), weights=("int4_s8_g32", "int4_s8_g64", "int4_s8_g128", "int8_row"), acts=("int8_row",)
 )
-register(Kernel("linear", "cpu_int8", _needs, linear, priority=20))
+register(Kernel("linear", "cpu_int8", _needs, linear, 20, quantize=_quantize, multiply=_multiply))

@@ -62,22 +62,61 @@ class NativeNeeds(Needs):
 
 def linear(x: Tensor, slots: Slots) -> Tensor:
     """x (…, K) to y (…, N) in x's dtype; codes, scales, down and up in the layouts of `pack`."""
-    codes, scales, global_scale, _, smooth, down, up, bias, shift, act_scale, weight_format, _, n, _ = slots
-    fused = down is None or _fusible(down)
-    bf16 = fused and all(t is None or t.dtype == torch.bfloat16 for t in (x, smooth, shift, bias, down))
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-    int4 = weight_format in INT4
-    kp = codes.numel() // len(codes) * (2 if int4 else 1)
+    down, bf16 = slots.down, _all_bf16(x, slots)
+    rows = _rows(x, bf16)
+    tensors, args = _phase_one(
+        rows, _columns(slots), slots.smooth, down if bf16 else None, slots.shift, slots.act_scale
+    )
+    return _product(x, rows, tensors, args, slots)
+
+
+def _quantize(x: Tensor, slots: Slots) -> dict[str, Tensor | None]:
+    """Codes and steps of x: the half of `linear` that layers with a common input may share."""
+    rows = _rows(x, _all_bf16(x, slots))
+    tensors, args = _phase_one(rows, _columns(slots), slots.smooth, None, slots.shift, slots.act_scale)
+    cpu_compile.library().qgen_quantize(ctypes.byref(args), int(rows.dtype == torch.bfloat16))
+    return {name: tensors[name] for name in ("codes", "step_x")}
+
+
+def _multiply(x: Tensor, made: dict[str, Tensor | None], slots: Slots) -> Tensor:
+    """The other half: y of x and its codes."""
+    bf16 = _all_bf16(x, slots)
+    rows = _rows(x, bf16)
+    hidden = torch.nn.functional.linear(rows, _unpack_down(slots.down)) if bf16 and slots.down is not None else None
+    tensors, args = {**made, "x": None, "hidden": hidden}, _Args()
+    _point(args, tensors)
+    args.m, args.k, args.kp, args.r = *rows.shape, _columns(slots), 0 if hidden is None else hidden.shape[1]
+    args.threads = torch.get_num_threads()
+    return _product(x, rows, tensors, args, slots)
+
+
+def _all_bf16(x: Tensor, slots: Slots) -> bool:
+    """Whether the low-rank branch joins the kernel, in bfloat16."""
+    parts = (x, slots.smooth, slots.shift, slots.bias, slots.down)
+    return (slots.down is None or _fusible(slots.down)) and all(t is None or t.dtype == torch.bfloat16 for t in parts)
+
+
+def _rows(x: Tensor, bf16: bool) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(torch.bfloat16 if bf16 else torch.float32).contiguous()
+
+
+def _columns(slots: Slots) -> int:
+    """Kp of packed codes."""
+    return slots.codes.numel() // len(slots.codes) * (2 if slots.weight in INT4 else 1)
+
+
+def _product(x: Tensor, rows: Tensor, tensors: dict[str, Tensor | None], args: "_Args", slots: Slots) -> Tensor:
+    codes, scales, global_scale, _, _, down, up, bias, _, _, weight_format, _, n, _ = slots
+    bf16, int4 = _all_bf16(x, slots), weight_format in INT4
+    kp, dtype = _columns(slots), rows.dtype
     y = rows.new_empty(len(rows), n)
-    tensors, args = _phase_one(rows, kp, smooth, down if bf16 else None, shift, act_scale)
     tensors |= {"y": y, "weight": codes, "sub": scales if int4 else None, "step_w": global_scale if int4 else scales}
     tensors |= {"up": up if bf16 else None, "bias": None if bias is None else bias.to(dtype)}
     _point(args, tensors)
     args.n, args.block = n, formats.get(weight_format).block or kp
     cpu_compile.library().qgen_linear(ctypes.byref(args), int(bf16), int(int4))
     if down is not None and not bf16:
-        if fused:
+        if _fusible(down):
             down, up = _unpack_down(down), _unpack_up(up, n)
         y.addmm_(rows @ down.float().T, up.float().T)
     return y.to(x.dtype).reshape(*x.shape[:-1], n)
@@ -194,4 +233,4 @@ _needs = NativeNeeds(
     k_multiple=8,
     refuses=frozenset({"hadamard"}),
 )
-register(Kernel("linear", "cpu_native", _needs, linear, 40, pack, unpack))
+register(Kernel("linear", "cpu_native", _needs, linear, 40, pack, unpack, _quantize, _multiply))

@@ -23,15 +23,29 @@ from qgen.kernels.slots import Slots
 
 def linear(x: Tensor, slots: Slots) -> Tensor:
     """x (…, K) to y (…, N) in x's dtype; codes and up in the layouts of `pack`, the rest canonical."""
+    return _multiply(x, _quantize(x, slots), slots)
+
+
+def _quantize(x: Tensor, slots: Slots) -> Tensor:
+    """x̂ (M, Kp): the half of `linear` that layers with a common input may share."""
+    xh = cpu_dequant.quantize(x, slots)
+    return xh.to(torch.bfloat16).contiguous() if _suits(x) else xh
+
+
+def _suits(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.numel() >= 32 * x.shape[-1]
+
+
+def _multiply(x: Tensor, xh: Tensor, slots: Slots) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     n, down, bias = slots.n, slots.down, slots.bias
     fused = down is None or _fusible(down)
-    if x.dtype != torch.bfloat16 or len(rows) < 32 or not fused:
+    if not (_suits(x) and fused):
         up = _unpack_up(slots.up, n) if down is not None and fused else slots.up
-        return cpu_dequant.linear(x, slots._replace(codes=_unpack_codes(slots.codes, n), up=up))
+        return cpu_dequant.multiply(x, xh, slots._replace(codes=_unpack_codes(slots.codes, n), up=up))
     kp, fmt = slots.codes.shape[-1] * 2, formats.get(slots.weight)
     tensors = {
-        "x": cpu_dequant.quantized(rows, slots, kp).to(torch.bfloat16).contiguous(),
+        "x": xh,
         "weight": slots.codes,
         "up": slots.up,
         "hidden": None if down is None else matmul(rows, down),
@@ -97,4 +111,4 @@ _needs = NativeNeeds(
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     k_multiple=8,
 )
-register(Kernel("linear", "cpu_native_bf16", _needs, linear, 30, pack, unpack))
+register(Kernel("linear", "cpu_native_bf16", _needs, linear, 30, pack, unpack, _quantize, _multiply))

@@ -315,7 +315,7 @@ template <class T> static void linear(const Args& a, bool int4, bool only_codes)
   const float* inverse = inverse_smooth<T>(a);
   const Plan plan(a);
   parallel(
-      a.threads, (a.m + ROWS - 1) / ROWS, [&](int64_t task) { quantize_rows<T>(a, task, inverse); },
+      a.threads, a.x ? (a.m + ROWS - 1) / ROWS : 0, [&](int64_t task) { quantize_rows<T>(a, task, inverse); },
       only_codes ? 0 : plan.tasks, [&](int64_t task) { multiply_panel<T>(a, plan, task, int4); });
 }
 
@@ -395,6 +395,7 @@ extern "C" void qgen_parallel(void* p) { parallel_region = reinterpret_cast<Para
 
 extern "C" void qgen_quantize(const Args* a, int bf16) { if (bf16) linear<BF16>(*a, false, true); else linear<FP32>(*a, false, true); }
 
+// without x, its codes, steps and hidden values are given
 extern "C" void qgen_linear(const Args* a, int bf16, int int4) {
   if (bf16) linear<BF16>(*a, int4, false); else linear<FP32>(*a, int4, false);
 }

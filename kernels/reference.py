@@ -13,8 +13,10 @@ __all__ = [
     "hadamard_blocks",
     "linear",
     "linear_grad",
+    "multiplied",
     "product",
     "quantize_act",
+    "quantized",
     "transform_act",
     "weight",
 ]
@@ -39,10 +41,19 @@ def linear(x: Tensor, slots: Slots) -> Tensor:
 
 def product(x: Tensor, slots: Slots) -> Tensor:
     """`linear` before it is rounded: (…, N) float32."""
+    return multiplied(x, quantized(x, slots), slots)
+
+
+def quantized(x: Tensor, slots: Slots) -> Tensor:
+    """x̂ (…, Kp) float32 of x (…, K): what the quantized weight is multiplied with."""
+    kp = slots.codes.shape[-1] * 8 // formats.get(slots.weight).bits
+    xh = transform_act(x, kp, slots.smooth, slots.shift, slots.hadamard)
+    return fake_act(xh, slots.act, slots.act_scale) if slots.act else xh
+
+
+def multiplied(x: Tensor, xh: Tensor, slots: Slots) -> Tensor:
+    """The rest of `product`: (…, N) float32 of the raw input and of what `quantized` made of it."""
     w = weight(slots.codes, slots.scales, slots.global_scale, slots.zero, slots.weight)  # (N, Kp)
-    xh = transform_act(x, w.shape[1], slots.smooth, slots.shift, slots.hadamard)
-    if slots.act:
-        xh = fake_act(xh, slots.act, slots.act_scale)
     y = xh @ w.T
     if slots.down is not None:
         y = y + (x.float() @ slots.down.float().T) @ slots.up.float().T
@@ -136,4 +147,8 @@ def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (h / math.sqrt(size)).to(device=device, dtype=dtype)
 
 
-register(Kernel("linear", "reference", Needs(), linear, priority=-100))
+def _multiply(x: Tensor, xh: Tensor, slots: Slots) -> Tensor:
+    return multiplied(x, xh, slots).to(x.dtype)
+
+
+register(Kernel("linear", "reference", Needs(), linear, priority=-100, quantize=quantized, multiply=_multiply))

@@ -124,6 +124,8 @@ class Kernel:
 
     run: called with the op's tensors, `run(x, slots)` for "linear". priority: among kernels that can serve, the highest wins.
     pack, unpack: `{slot: tensor}` in canonical bytes to the layout that `run` reads, and back; exact inverses.
+    quantize, multiply: `run` in two halves, `multiply(x, quantize(x, slots), slots)`, where layers that read one input may share the
+    first; None = the kernel has no halves. reads: slots that the first half looks at, beside the formats.
     """
 
     op: str
@@ -133,6 +135,9 @@ class Kernel:
     priority: int = 0
     pack: Callable[[dict, Ask], dict] = field(default=_same)
     unpack: Callable[[dict, Ask], dict] = field(default=_same)
+    quantize: Callable[..., Any] | None = None
+    multiply: Callable[..., Any] | None = None
+    reads: tuple[str, ...] = ("smooth", "shift", "act_scale")
 
 
 def register(kernel: Kernel) -> Kernel:

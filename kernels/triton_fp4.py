@@ -34,7 +34,7 @@ from qgen.kernels.layouts import HADAMARDS, round_up, swizzle_scales, unswizzle_
 from qgen.kernels.registry import Ask, Kernel, Needs, register
 from qgen.kernels.slots import Slots
 from qgen.kernels.triton_act import Activations, quantize_act
-from qgen.kernels.triton_linear import activate, heads_arguments, norm_and_rotate, tile_of
+from qgen.kernels.triton_linear import READS, activate, heads_arguments, norm_and_rotate, tile_of
 from qgen.kernels.tuning import Launch, capability_of
 
 BLOCKS = {"nvfp4": 16, "mxfp4": 32}
@@ -165,10 +165,18 @@ def operands(
 
 def linear(x: Tensor, slots: Slots) -> Tensor:
     """The op `qgen::linear` for packed slots: two launches, activations and product. See `reference.linear`."""
+    return _multiply(x, _quantize(x, slots), slots)
+
+
+def _quantize(x: Tensor, slots: Slots) -> Activations:
+    """The first launch; layers with a common input and `down` may share what it makes."""
     unit = 4 * BLOCKS[slots.weight]
     rows = x.reshape(-1, x.shape[-1])
     kp = round_up(2 * slots.codes.shape[1], unit)
-    a = quantize_act(rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard)
+    return quantize_act(rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard)
+
+
+def _multiply(x: Tensor, a: Activations, slots: Slots) -> Tensor:
     y = fp4_gemm(a, slots.codes, slots.scales, slots.global_scale, slots.up, slots.bias, dtype=x.dtype)
     return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y
 
@@ -205,6 +213,9 @@ for _weight, _act in ACTS.items():
             priority=20,
             pack=pack,
             unpack=unpack,
+            quantize=_quantize,
+            multiply=_multiply,
+            reads=READS,
         )
     )
 

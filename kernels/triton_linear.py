@@ -432,10 +432,20 @@ def kind_w(weight_format: str) -> str:
 
 def linear(x: Tensor, slots: Slots) -> Tensor:
     """`reference.linear` for packed tensors: x (…, K) to y (…, N), two launches."""
+    return _multiply(x, _quantize(x, slots), slots)
+
+
+def _quantize(x: Tensor, slots: Slots) -> Activations:
+    """The first launch; layers with a common input and `down` may share what it makes."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     kp = layouts.round_up(columns(slots.codes), GROUP)
-    a = quantize_act(rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard)
+    return quantize_act(
+        rows, slots.act, kp, slots.smooth, slots.shift, slots.down, slots.hadamard, act_scale=slots.act_scale
+    )
+
+
+def _multiply(x: Tensor, a: Activations, slots: Slots) -> Tensor:
     y = gemm(
         a, slots.codes, slots.scales, slots.global_scale, slots.up, slots.bias, slots.weight, slots.act, slots.n, x.dtype
     )  # fmt: skip
@@ -491,6 +501,7 @@ _SERVED = {
     "triton_w4a4": (("int4_g64", "int4_g128"), ("int4_g64", "uint4p_g64", "uint4_g64"), 10),
 }
 NAMES = tuple(_SERVED)
+READS = ("smooth", "shift", "down", "act_scale")  # of the first launch
 
 
 def _register() -> None:
@@ -502,12 +513,13 @@ def _register() -> None:
         "archs": ARCHS,
         "dtypes": (torch.bfloat16, torch.float16, torch.float32),
         "package": "triton",
-        "refuses": frozenset({"static_act"}),
         "hadamards": HADAMARDS,
     }
     for name, (weights, acts, priority) in _SERVED.items():
-        needs = Needs(weights=weights, acts=acts, **common)
-        register(Kernel("linear", name, needs, linear, -200 if interpreted else priority, pack, unpack))
+        statics = ("tensor",) if acts == ("int8_row",) else ("tensor", "block")
+        needs = Needs(weights=weights, acts=acts, statics=statics, **common)
+        rank = -200 if interpreted else priority
+        register(Kernel("linear", name, needs, linear, rank, pack, unpack, _quantize, _multiply, READS))
 
 
 _register()

@@ -6,10 +6,10 @@ sees a single row per sample (time embeddings, adaLN modulation) works on vector
 is context: text for cross-attention, which does not change from step to step.
 """
 
-__all__ = ["blocks_of", "input_of", "probe", "static_sites"]
+__all__ = ["blocks_of", "input_of", "probe", "routed", "static_sites"]
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qgen.calibration.base import Call
 from qgen.errors import NotQuantizable
+from qgen.nn.experts import Experts
 from qgen.nn.kinds import is_layer, kind_of, shape_of
 from qgen.site import Site
 
@@ -67,6 +68,58 @@ def static_sites(module: nn.Module) -> list[Site]:
             f"{type(module).__name__} has no nn.Linear or convolution layer: there is nothing to quantize"
         )
     return sites
+
+
+def routed(module: nn.Module, sites: list[Site], calls: Iterable[Call]) -> tuple[list[Site], dict[str, int]]:
+    """Sites with every expert of every mixture that ran, in execution order, and the rows by which each expert can be fitted.
+
+    One call reaches some of the experts. The calls that may be fitted are replayed once, and counted; without experts nothing is replayed.
+    """
+    stacks = {path: part for path, part in module.named_modules() if isinstance(part, Experts)}
+    layers = {f"{path}.{i}": layer for path, part in stacks.items() for i, layer in enumerate(part.layers())}
+    if not layers:
+        return sites, {}
+    counts = dict.fromkeys(layers, 0)
+
+    def counting(path: str) -> Callable:
+        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = input_of(args, kwargs)
+            counts[path] += 0 if x is None else x.shape[:-1].numel()
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(counting(path), with_kwargs=True) for path, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            for call in calls:
+                if not call.moment.held:
+                    call.run(module)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _with_experts(module, sites, layers), counts
+
+
+def _with_experts(module: nn.Module, sites: list[Site], layers: dict[str, nn.Module]) -> list[Site]:
+    """Where the first expert of a mixture ran, all of its experts, one after the other; each by the stacks in the order in which it ran."""
+    block, known, made = blocks_of(module), {site.path: site for site in sites}, []
+    owner_of = lambda path: path.rsplit(".", 2)[0] if path.count(".") > 1 else ""  # noqa: E731
+    done = set()
+    for site in sites:
+        if site.path not in layers:
+            made.append(site)
+        elif (owner := owner_of(site.path)) not in done:
+            done.add(owner)
+            stacks = list(
+                dict.fromkeys(
+                    s.path.rpartition(".")[0] for s in sites if s.path in layers and owner_of(s.path) == owner
+                )
+            )
+            count = sum(path.rpartition(".")[0] == stacks[0] for path in layers)
+            for path in (f"{stack}.{i}" for i in range(count) for stack in stacks):
+                unseen = Site(path, "linear", block(path), 0, path, shape_of(layers[path]))
+                made.append(replace(known.get(path, unseen), role="inside"))
+    return [replace(site, order=i) for i, site in enumerate(made)]
 
 
 class _Watch:

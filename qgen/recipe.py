@@ -24,15 +24,16 @@ methods: Registry[type] = Registry("method", "qgen.methods")
 class Spec:
     """How one layer is quantized. weight, act: names of number formats (act None = activations stay float).
 
-    methods: in the order in which they refine the draft. bins: timestep bins of activation parameters. share: whether layers that read one
-    input become one draft with common smoothing and low-rank input (as fused kernels and Nunchaku's files want) or one draft each (better).
+    methods: in the order in which they refine the draft. bins: timestep bins of activation parameters. share: what layers that read one
+    input have in common: nothing (False, each is best by itself); "smoothing" and all else that is done to the input, so that it is
+    quantized once for all of them; or True, the low-rank input as well, in one draft, as fused kernels and Nunchaku's files want.
     """
 
     weight: str
     act: str | None = None
     methods: tuple[Any, ...] = ()
     bins: int = 1
-    share: bool = False
+    share: bool | str = False
 
     def __post_init__(self) -> None:
         formats.get(self.weight)
@@ -40,6 +41,9 @@ class Spec:
             formats.get(self.act)
         if not 1 <= self.bins <= 1024:
             raise ValueError(f"bins of timesteps are at least 1 and at most 1024, found bins={self.bins}")
+
+        if self.share not in (False, True, "smoothing"):
+            raise ValueError(f'layers share nothing (False), "smoothing", or all (True), found share={self.share!r}')
 
     def __str__(self) -> str:
         return f"{self.weight} x {self.act or 'float'}"

@@ -21,8 +21,8 @@ Each class below was made tiny with random weights, quantized without data (`{re
 
 * layers: linear layers and convolutions that one run calls (grouped convolutions and other paddings than zeros left out); packed: those
   that the recipe packs, the others are embedders, heads, or narrower than 32.
-* 4-bit share: of all weights, embeddings and norms included, the part that lies in 4-bit layers. Tiny models have large embedders, and
-  experts that a model keeps stacked in one parameter stay float: both make the share smaller.
+* 4-bit share: of all weights, embeddings and norms included, the part that lies in 4-bit layers. Tiny models have large embedders,
+  which make it smaller. Experts that a model keeps stacked in one parameter are packed one by one, and counted one by one among the packed.
 * dB: signal over error of the model's whole output, 4-bit weights alone (w4a16) and with 4-bit activations (w4a4). Random weights say
   nothing about pictures; these numbers show that a structure works.
 * save and load: every tensor equal bit for bit, the output to the last bits of its sums. Every packed model also agrees to 50 dB or better

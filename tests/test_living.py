@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import qgen
+from qgen.calibration.base import Call
 from qgen.nn.packed import Packed
 from tests import tiny
 
@@ -41,6 +42,61 @@ def test_group_offload_to_disk(flux, kind, tmp_path):
     model.enable_group_offload(
         torch.device("cpu"), torch.device("cpu"), offload_type=kind, offload_to_disk_path=str(tmp_path), **options
     )
+    assert torch.equal(run(model), want)
+
+
+def _cpu(model, folder):
+    from accelerate import cpu_offload
+
+    return cpu_offload(model, torch.device("cpu"))
+
+
+def _disk(model, folder):
+    from accelerate import disk_offload
+
+    return disk_offload(model, folder, torch.device("cpu"))
+
+
+def _spilled(model, folder):
+    """The first block stays, the rest is on disk."""
+    from accelerate import dispatch_model
+
+    places = {name: "disk" for name, _ in model.named_children()} | {"transformer_blocks": "cpu"}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+def _own_map(model, folder):
+    """Hooks that keep the layers' own memory instead of a state dict."""
+    from accelerate.hooks import attach_align_device_hook
+
+    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, offload_buffers=True)
+    return model
+
+
+@pytest.mark.parametrize("way", [_cpu, _disk, _spilled, _own_map], ids=["cpu", "disk", "spilled", "own map"])
+def test_offload_by_accelerate(flux, tmp_path, way):
+    """accelerate writes canonical tensors into layers that are packed for a kernel: taken for packed ones, the output is noise."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model, want = flux
+    way(model, tmp_path)
+    away = [m for m in model.modules() if isinstance(m, Packed) and m.codes.device.type == "meta"]
+    assert away and all(layer.kernel is None for layer in away)
+    assert torch.equal(run(model), want) and torch.equal(run(model), want)
+    assert all(layer.codes.device.type == "meta" for layer in away), "nothing is kept after the call"
+    remove_hook_from_submodules(model)
+    assert torch.equal(run(model), want)
+    assert all(layer.kernel and layer.codes.device.type == "cpu" for layer in away)
+
+
+def test_model_offload(flux):
+    """What `pipe.enable_model_cpu_offload()` puts on every part: whole models move there and back."""
+    from accelerate import cpu_offload_with_hook
+
+    model, want = flux
+    model, hook = cpu_offload_with_hook(model, torch.device("cpu"))
+    assert torch.equal(run(model), want)
+    hook.offload()
     assert torch.equal(run(model), want)
 
 
@@ -103,19 +159,91 @@ def test_pickling_is_refused(flux, tmp_path):
     assert torch.equal(run(model), want)
 
 
-def test_ip_adapter_and_controlnet_inputs():
-    """A UNet with residuals of a ControlNet added: the packed model takes them as the float one does."""
+def test_controlnet():
+    """A ControlNet made from the UNet, both packed: its residuals change the picture as the float one's do."""
+    from diffusers import ControlNetModel
+
     from tests.coverage.check import sqnr
 
-    model = tiny.unet()
-    call = tiny.unet_call()
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(1, 32, 8, 8), (1, 32, 8, 8), (1, 32, 4, 4), (1, 64, 4, 4)]
-    down = tuple(torch.randn(*shape, generator=generator) for shape in shapes)
-    mid = torch.randn(1, 64, 4, 4, generator=generator)
-    extra = {**call.kwargs, "down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    torch.manual_seed(0)
+    unet, call = tiny.unet(), tiny.unet_call()
+    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 16)).eval().requires_grad_(False)
+    for part in (
+        *control.controlnet_down_blocks,
+        control.controlnet_mid_block,
+        control.controlnet_cond_embedding.conv_out,
+    ):
+        part.weight.copy_(torch.randn_like(part.weight) * 0.2)  # zeros before training
+    edges = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    guiding = Call(call.args, {**call.kwargs, "controlnet_cond": edges, "return_dict": False})
+
+    def draw():
+        with torch.no_grad():
+            down, mid = guiding.run(control)
+            extra = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
+            return unet(*call.args, **call.kwargs, **extra).sample.double()
+
     with torch.no_grad():
-        plain, want = model(*call.args, **call.kwargs).sample, model(*call.args, **extra).sample
-        assert sqnr(plain.double(), want.double()) < 20, "the residuals change the output"
-        qgen.quantize(model, "rtn-w4a16", calibration=[call], progress=False)
-        assert sqnr(model(*call.args, **extra).sample.double(), want.double()) > 12
+        plain, want = unet(*call.args, **call.kwargs).sample.double(), draw()
+    assert sqnr(plain, want) < 15, "the residuals change the output"
+    qgen.quantize(control, "rtn-w4a16", calibration=[guiding], progress=False)
+    assert sqnr(draw(), want) > 20
+    qgen.quantize(unet, "rtn-w4a16", calibration=[call], progress=False)
+    assert sqnr(draw(), want) > 15
+
+
+def ip_adapter(unet, seed=4):
+    """The weights of an IP-Adapter for a UNet, as its files hold them: a projection of 16-wide image embeddings to four tokens, and keys
+    and values of every cross-attention."""
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=generator) * shape[-1] ** -0.5  # noqa: E731
+    width = unet.config.cross_attention_dim
+    made = {}
+    for number, name in enumerate(unet.attn_processors):
+        if name.endswith("attn2.processor"):
+            inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
+            made |= {f"{number}.to_{kind}_ip.weight": rand(inner, width) for kind in "kv"}
+    image = {
+        "proj.weight": rand(4 * width, 16),
+        "proj.bias": rand(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": rand(width),
+    }
+    return {"image_proj": image, "ip_adapter": made}
+
+
+@pytest.mark.parametrize("order", ["adapter first", "adapter last"])
+@pytest.mark.parametrize("attention", [None, "int8"])
+def test_ip_adapter(order, attention):
+    """Loaded before quantizing its layers are packed, loaded afterwards they are float: either way the picture follows the image."""
+    from tests.coverage.check import sqnr
+
+    unet, call = tiny.unet(), tiny.unet_call()
+    state = ip_adapter(unet)
+    embeds = 3 * torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(5))
+    kwargs = [{**call.kwargs, "added_cond_kwargs": {"image_embeds": [e]}} for e in embeds]
+
+    def draw(model):
+        with torch.no_grad():
+            return [model(*call.args, **each).sample.double() for each in kwargs]
+
+    twin = tiny.unet()
+    twin._load_ip_adapter_weights([state])
+    want = draw(twin)
+    assert sqnr(want[0], want[1]) < 12, "the image changes the output"
+    if order == "adapter first":
+        unet._load_ip_adapter_weights([state])
+        given = [Call(call.args, each) for each in kwargs]
+    else:
+        given = [call]
+    qgen.quantize(unet, "rtn-w4a16", calibration=given, attention=attention, progress=False)
+    if order == "adapter last":
+        unet._load_ip_adapter_weights([state])
+    keys = [layer for name, layer in unet.named_modules() if "to_k_ip" in name and isinstance(layer, torch.nn.Linear)]
+    assert keys and all(isinstance(layer, Packed) == (order == "adapter first") for layer in keys)
+    got = draw(unet)
+    assert all(sqnr(a, b) > 12 for a, b in zip(got, want, strict=True))
+    assert sqnr(got[0] - got[1], want[0] - want[1]) > 7, "what the image changes is what it changed"
+    if attention:
+        served = [type(m) for m in unet.modules() if "_qgen_attention" in m.__dict__]
+        assert len(served) == len(unet.qgen_attention.layers) > 0

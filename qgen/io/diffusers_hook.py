@@ -7,6 +7,7 @@ __all__ = ["attach", "check", "quantizer", "register"]
 
 import functools
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class _Hooks(Core):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.end(model, self.dtype or torch.float32)
-        model.fuse_lora = _refuse_fusing
+        _own(model)
         if not self.pre_quantized:
             model.register_to_config(quantization_config=self.quantization_config)
         self.pre_quantized, self.header, self.files = True, None, None
@@ -189,8 +190,28 @@ def attach(model: nn.Module, recipe: Any = None) -> None:
     config = config_of(model, recipe)
     model.hf_quantizer = quantizer()(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
+    # Some of diffusers' loaders (IP-Adapter) set attributes of the config, which a new config would not have.
+    said = {name: value for name, value in vars(model.config).items() if model.config.get(name, value) is not value}
     model.register_to_config(quantization_config=config)
+    for name, value in said.items():
+        setattr(model.config, name, value)
+    _own(model)
+
+
+def _own(model: nn.Module) -> None:
+    """Methods of a quantized model that are other than its class's."""
     model.fuse_lora = _refuse_fusing
+    model.to = types.MethodType(_to, model)
+
+
+def _to(model: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """`model.to` with a dtype, which diffusers refuses for quantized models, and which its loader of IP-Adapters calls. Packed layers keep
+    their numbers through a cast, and everything else is to follow."""
+    model.is_quantized = False
+    try:
+        return type(model).to(model, *args, **kwargs)
+    finally:
+        model.is_quantized = True
 
 
 def _refuse_fusing(*args: Any, **kwargs: Any) -> None:

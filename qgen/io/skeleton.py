@@ -19,6 +19,7 @@ from qgen.errors import BadCheckpoint
 from qgen.io.files import Files
 from qgen.io.header import Header, LayerEntry
 from qgen.nn import attention, clock
+from qgen.nn.experts import restack, unstack
 from qgen.nn.kinds import empty, kind_of
 from qgen.nn.packed import FLOAT_SLOTS, Packed
 
@@ -34,10 +35,20 @@ class Plan:
 
 
 def plan(module: nn.Module, header: Header, files: Files, where: Path, dtype: torch.dtype | None = None) -> Plan:
-    """Compares a float module with a checkpoint and makes its packed layers, on meta. The module is not changed.
+    """Compares a float module with a checkpoint and makes its packed layers, on meta. The module is not changed, but for stacks of experts
+    that the checkpoint holds as layers, which become layers; not if anything is raised.
 
     dtype: in which the layers shall compute; None = as saved. Raises BadCheckpoint with the first thing that does not fit.
     """
+    made = unstack(module, {entry.path for entry in header.layers})
+    try:
+        return _plan(module, header, files, where, dtype)
+    except BaseException:
+        restack(made)
+        raise
+
+
+def _plan(module: nn.Module, header: Header, files: Files, where: Path, dtype: torch.dtype | None) -> Plan:
     modules = dict(module.named_modules(remove_duplicate=False))
     try:
         (header.attention or attention.Choices()).check(module)

@@ -42,6 +42,7 @@ class Balance:
     """
 
     name: ClassVar[str] = "balance"
+    of_inputs: ClassVar[bool] = True
     steps: int = 30
     rate: float = 0.05
     values: int = 1 << 19

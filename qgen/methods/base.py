@@ -3,7 +3,7 @@
 __all__ = ["Judge", "Method", "Stats", "best", "refine", "rounds_for", "sqnr_db"]
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -93,7 +93,8 @@ class Stats:
 class Method(Protocol):
     """A frozen dataclass with a class attribute `name`, registered in `qgen.recipe.methods`.
 
-    `optional = True`: its result is dropped where the error on held-out rows does not fall.
+    `optional = True`: its result is dropped where the error on held-out rows does not fall. `of_inputs = True`: it decides what is done to
+    the input, which layers that read one input may have in common.
     """
 
     name: str
@@ -107,10 +108,13 @@ class Method(Protocol):
         ...
 
 
-def refine(draft: Draft, stats: Stats) -> Draft:
-    """Runs the methods of the draft's spec in order and rounds what is left. The log tells what each did to the held-out error."""
+def refine(draft: Draft, stats: Stats, methods: Sequence[Method] | None = None) -> Draft:
+    """Runs the methods of the draft's spec, or those given, in order and rounds what is left.
+
+    The log tells what each did to the held-out error.
+    """
     judge, error = stats.judge, None
-    for method in draft.spec.methods:
+    for method in draft.spec.methods if methods is None else methods:
         new = method.refine(draft, stats)
         if judge is None:
             draft = new

@@ -30,6 +30,7 @@ class Rotate:
     """
 
     name: ClassVar[str] = "rotate"
+    of_inputs: ClassVar[bool] = True
     optional: ClassVar[bool] = True
     size: int = 128
     signs: bool = True

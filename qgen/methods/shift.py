@@ -32,6 +32,7 @@ class Shift:
     """
 
     name: ClassVar[str] = "shift"
+    of_inputs: ClassVar[bool] = True
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows"})

@@ -28,6 +28,7 @@ class Smooth:
     """
 
     name: ClassVar[str] = "smooth"
+    of_inputs: ClassVar[bool] = True
     alphas: tuple[float, ...] = (0.3, 0.5, 0.7)
     judge_rows: int = 256
 

@@ -6,17 +6,16 @@ matter how the call is written: by a processor, by a dispatcher, by transformers
 modules of this one, see nothing of it; copies, hooks, offloading and `torch.compile(fullgraph=True)` work as before.
 
 Which numbers an owner uses depends on where sampling is: `Choices` lists them for each owner and range of timesteps, as plain data that
-a checkpoint holds. A `Clock` on the model reads the timestep once per call. What a kernel does not mean (dropout, other shapes, causal
+a checkpoint holds. The model's `nn.clock` reads the timestep once per call. What a kernel does not mean (dropout, other shapes, causal
 calls with more keys than queries, a single query) goes through to torch untouched.
 """
 
-__all__ = ["Choices", "Clock", "install", "refusal", "remove"]
+__all__ = ["Choices", "install", "refusal", "remove"]
 
-import bisect
+import copy
 import functools
-import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -29,14 +28,9 @@ from qgen.errors import unknown
 from qgen.kernels import attention_choice  # noqa: F401 (defines the op)
 from qgen.kernels.attention_ops import SPECS
 from qgen.nn.attention_library import give_back, use_torch
+from qgen.nn.clock import NAMES, Clock, argument_of, clock_of, stop
+from qgen.nn.multihead import multi_head
 
-TIMES = (
-    "timestep",
-    "timesteps",
-    "t",
-    "sigma",
-    "sigmas",
-)  # what denoisers call the argument that says where sampling is
 _MOST = 64  # ranges of timesteps; more is damage
 
 
@@ -55,9 +49,9 @@ class Choices:
     def __post_init__(self) -> None:
         edges, argument = tuple(self.edges), self.argument
         object.__setattr__(self, "edges", edges)
-        if argument not in ("", *TIMES) or len(edges) >= _MOST or (edges and not argument):
+        if argument not in ("", *NAMES) or len(edges) >= _MOST or (edges and not argument):
             raise ValueError(
-                f"choices of attention have edges of an argument {'/'.join(TIMES)}, found {argument!r}, {edges}"
+                f"choices of attention have edges of an argument {'/'.join(NAMES)}, found {argument!r}, {edges}"
             )
         if any(type(e) not in (int, float) or not math.isfinite(e) for e in edges) or list(edges) != sorted(edges):
             raise ValueError(f"edges of timesteps are ascending numbers, found {edges}")
@@ -104,34 +98,29 @@ class Choices:
                 raise ValueError(
                     f"{type(module).__name__} has no module {path[:80]!r} whose attention could be quantized"
                 )
-        if self.argument and self.argument not in _arguments(module):
-            raise ValueError(f"{type(module).__name__} takes no argument {self.argument!r}")
-
-
-class Clock:
-    """Which range of timesteps the running call of a denoiser is in: a forward pre-hook; `where` is a tensor () int64."""
-
-    def __init__(self, edges: tuple[float, ...] = (), argument: str = "", position: int = 0):
-        self.edges, self.argument, self.position = edges, argument, position
-        self.where = torch.tensor(0)
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        t = kwargs.get(self.argument, args[self.position] if self.position < len(args) else None)
-        if isinstance(t, Tensor) and torch.compiler.is_compiling():  # inside a graph nothing may depend on a value
-            first = t.reshape(-1)[0].float()
-            self.where = torch.bucketize(first, torch.tensor(self.edges, device=t.device))
-        elif t is not None:
-            first = float(t.reshape(-1)[0]) if isinstance(t, Tensor) else float(t)
-            self.where = torch.tensor(bisect.bisect_left(self.edges, first))
+        if self.argument and self.argument != (found := argument_of(module)):
+            raise ValueError(
+                f"attention chosen by the argument {self.argument!r}: the timestep of {type(module).__name__} is {found or 'no argument'!r}"
+            )
 
 
 @dataclass
 class _Slot:
-    """What an owner knows: one entry of `table` (int64, on the CPU) for each range of timesteps, an index into `specs`."""
+    """What an owner knows: one entry of `table` (int64, on the CPU) for each range of timesteps, an index into `specs`.
+
+    multi: `nn.MultiheadAttention`'s function for this owner.
+    """
 
     clock: Clock
     table: Tensor
     specs: str
+    multi: Callable[..., Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.multi = multi_head(functools.partial(_serve, self))
+
+    def __deepcopy__(self, memo: dict) -> "_Slot":
+        return _Slot(copy.deepcopy(self.clock, memo), self.table.clone(), self.specs)
 
 
 class _Reroute(TorchFunctionMode):
@@ -142,6 +131,8 @@ class _Reroute(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return _serve(self.slot, *args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return self.slot.multi(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -220,15 +211,15 @@ def install(module: nn.Module, choices: Choices) -> None:
     choices.check(module)
     remove(module)
     specs = choices.specs
-    clock = Clock(choices.edges, choices.argument, _arguments(module).get(choices.argument, 0))
+    clock = clock_of(module)
+    clock.edges = choices.edges
     owners = {path: module.get_submodule(path) for path, used in choices.layers.items() if any(used)}
     module._qgen_backend = use_torch(module, owners.values())
     for path, owner in owners.items():
         table = torch.tensor([specs.index(spec) for spec in choices.layers[path]])
         owner._qgen_attention = _Slot(clock, table, ",".join(specs))
         owner.__class__ = _rerouted(type(owner))
-    if choices.edges:
-        module._qgen_clock = module.register_forward_pre_hook(clock, with_kwargs=True)
+    stop(module)  # unless there is something to tell the time to
     module.qgen_attention = choices
 
 
@@ -240,12 +231,7 @@ def remove(module: nn.Module) -> None:
             del owner._qgen_attention
     if "_qgen_backend" in module.__dict__:
         give_back(module, module.__dict__.pop("_qgen_backend"))
-    if "_qgen_clock" in module.__dict__:
-        module.__dict__.pop("_qgen_clock").remove()
+    if "qgen_clock" in module.__dict__:
+        module.__dict__["qgen_clock"].edges = ()
+        stop(module)
     module.__dict__.pop("qgen_attention", None)
-
-
-def _arguments(module: nn.Module) -> dict[str, int]:
-    """Names and positions of the arguments of `module.forward`."""
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    return {name: i for i, name in enumerate(names)}

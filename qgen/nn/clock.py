@@ -1,4 +1,4 @@
-r"""Clock: where sampling is, read off the denoiser's own timestep, and what timed layers make of it.
+r"""Clock: where sampling is, read off the denoiser's own timestep, and what timed layers make of it. Attention reads the same clock.
 
     y = s_b · op((x + c_b) / s_b) + d_b,     b = the bin of the sample's timestep
 
@@ -10,8 +10,9 @@ tensors: one compiled graph for all steps.
 Ranges per timestep: TFMQ-DM, Huang et al., 2023, https://arxiv.org/abs/2311.16503.
 """
 
-__all__ = ["NAMES", "TIMED", "Clock", "apply", "stop", "timestep_of", "wind"]
+__all__ = ["NAMES", "TIMED", "Clock", "apply", "argument_of", "clock_of", "stop", "timestep_of", "wind"]
 
+import bisect
 import inspect
 import logging
 from collections.abc import Callable
@@ -29,17 +30,42 @@ TIMED = ("t_edges", "t_shift", "t_scale", "t_bias")  # slots of a layer, beside 
 class Clock:
     """The timesteps of a denoiser's current call, one float32 for each sample, or None where the call gave none.
 
-    `listen` is a forward pre-hook of the denoiser; its layers hold the clock and read `t`.
+    `listen` is a forward pre-hook of the denoiser; its layers hold the clock and read `t`. Where attention chooses by timestep, `edges` are
+    those of its ranges (ascending; range i holds edges[i - 1] < t <= edges[i]), and `where`, a tensor () int64, is the range of the first
+    sample: one number, read once per call, since on a GPU each reading waits for all that was launched. 0 without a timestep.
     """
 
     def __init__(self, module: nn.Module):
         self.t: Tensor | None = None
+        self.edges: tuple[float, ...] = ()
+        self.where = torch.tensor(0)
         self.places = _places(module)
         self.told = False
         self.hook = module.register_forward_pre_hook(self.listen, with_kwargs=True)
 
     def listen(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.t = _per_sample(_find(self.places, args, kwargs))
+        if self.edges:
+            self.where = self._range()
+
+    def _range(self) -> Tensor:
+        if self.t is None:
+            self.tell("attention uses what its lowest timesteps use")
+            return torch.tensor(0)
+        if torch.compiler.is_compiling():  # inside a graph nothing may depend on a value
+            return torch.bucketize(self.t[0], torch.tensor(self.edges, device=self.t.device))
+        return torch.tensor(bisect.bisect_left(self.edges, float(self.t[0])))
+
+    def tell(self, consequence: str) -> None:
+        """Warns, once, that the denoiser was called without a timestep."""
+        if not self.told and not torch.compiler.is_compiling():
+            self.told = True
+            log.warning("the denoiser was called without a timestep: %s", consequence)
+
+
+def argument_of(module: nn.Module) -> str:
+    """Name of the argument that a denoiser's clock reads first; "" if none of `NAMES` is among its arguments."""
+    return next((name for _, name in _places(module)), "")
 
 
 def timestep_of(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
@@ -103,9 +129,8 @@ def _bins(layer: Any, x: Tensor) -> Tensor:
     count = next(len(t) for t in (layer.t_shift, layer.t_scale, layer.t_bias) if t is not None)
     clock = layer.clock
     if layer.t_edges is None or clock is None or clock.t is None:
-        if layer.t_edges is not None and clock is not None and not clock.told and not torch.compiler.is_compiling():
-            clock.told = True
-            log.warning("the denoiser was called without a timestep: its layers use what fits all timesteps alike")
+        if layer.t_edges is not None and clock is not None:
+            clock.tell("its layers use what fits all timesteps alike")
         return torch.full((1,), count - 1, dtype=torch.int64, device=x.device)
     t = clock.t.to(x.device)
     if len(t) > 1 and len(x) % len(t):
@@ -115,19 +140,24 @@ def _bins(layer: Any, x: Tensor) -> Tensor:
     return torch.bucketize(t, layer.t_edges)
 
 
+def clock_of(module: nn.Module) -> Clock:
+    """The denoiser's clock; its first use puts one on."""
+    if "qgen_clock" not in module.__dict__:
+        module.__dict__["qgen_clock"] = Clock(module)
+    return module.__dict__["qgen_clock"]
+
+
 def wind(module: nn.Module) -> None:
     """Gives timed layers of a denoiser that have none its clock. May be called any number of times."""
-    clock = module.__dict__.get("qgen_clock")
     for layer in module.modules():
         if getattr(layer, "t_edges", None) is not None and layer is not module:
-            if clock is None:
-                clock = module.__dict__["qgen_clock"] = Clock(module)
-            layer.__dict__["clock"] = clock
+            layer.__dict__["clock"] = clock_of(module)
 
 
 def stop(module: nn.Module) -> None:
-    """Takes the clock off a denoiser that has no timed layer any more."""
-    if not any(getattr(layer, "t_edges", None) is not None for layer in module.modules()):
-        clock = module.__dict__.pop("qgen_clock", None)
-        if clock is not None:
-            clock.hook.remove()
+    """Takes the clock off a denoiser that has no timed layer any more, nor attention that chooses by timestep."""
+    clock = module.__dict__.get("qgen_clock")
+    if clock is None or clock.edges or any(getattr(layer, "t_edges", None) is not None for layer in module.modules()):
+        return
+    del module.__dict__["qgen_clock"]
+    clock.hook.remove()

@@ -17,6 +17,7 @@ from qgen.nn.conv_nd import QuantConv1d, QuantConv3d, unfold_nd
 from qgen.nn.linear import QuantLinear
 from qgen.nn.packed import Layout, Packed
 
+_READ_ONLY = nn.modules.linear.NonDynamicallyQuantizableLinear
 CONVOLUTIONS: dict[str, tuple[type, type]] = {
     "conv1d": (nn.Conv1d, QuantConv1d),
     "conv2d": (nn.Conv2d, QuantConv2d),
@@ -32,7 +33,12 @@ def kind_of(layer: Any) -> str:
 
 
 def is_layer(layer: Any) -> bool:
-    """Whether a float layer can be packed, as far as its kind, geometry and dtype go; complex weights stay as they are."""
+    """Whether a float layer can be packed, as far as its kind, geometry and dtype go; complex weights stay as they are.
+
+    The output projection of `nn.MultiheadAttention` cannot: torch never calls it, and reads its weight.
+    """
+    if type(layer) is _READ_ONLY:
+        return False
     return bool(kind_of(layer)) and not isinstance(layer, Packed) and packable(layer) and not layer.weight.is_complex()
 
 

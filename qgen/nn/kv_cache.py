@@ -7,7 +7,8 @@ r"""A cache of keys and values in 4 bits: keys per channel over groups of tokens
 Keys have channels that stand out in every token, values have tokens that do: each gets its scale along the other axis (KIVI,
 https://arxiv.org/abs/2402.02750). The first tokens, which attention visits whatever they say, and the newest ones stay as they are.
 A group is rounded once and never again. Bytes per 16-bit value: (4 + 32 / group) / 16, .281 for groups of 64, and the window on top.
-`kv_cache()` makes a transformers `Cache` of it: `model.generate(..., past_key_values=kv_cache())`.
+`kv_cache()` makes a transformers `Cache` of it: `model.generate(..., cache=kv_cache())`,
+or `past_key_values=` before transformers 5.24 (`qgen.nn.cache_name` tells).
 """
 
 __all__ = ["KV4", "Packed4", "kv_cache"]
@@ -150,7 +151,7 @@ class LayerKV:
 
 
 def kv_cache(spec: KV4 = KV4(), **options: Any) -> Any:
-    """A transformers `Cache` in 4 bits, for `past_key_values=`; `options` are fields of KV4. Its `nbytes` counts all layers."""
+    """A transformers `Cache` in 4 bits, for `cache=`; `options` are fields of KV4. Its `nbytes` counts all layers."""
     spec = replace(spec, **options) if options else spec
     cache, layer = _classes()
     return cache(layer_class_to_replicate=functools.partial(layer, spec))

@@ -5,6 +5,7 @@ __all__ = ["QuantLinear"]
 import torch
 from torch import Tensor, nn
 
+from qgen.nn import mlp
 from qgen.nn.packed import Layout, Packed
 from qgen.site import Draft
 
@@ -38,6 +39,10 @@ class QuantLinear(Packed, nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, mlp.Pending):
+            return mlp.joined(self, input)
+        if self.defers and mlp.deferred(self, input):
+            return mlp.Pending(input, self)
         return self._run(input)
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from qgen import formats
 from qgen.kernels import registry
 from qgen.kernels.ops import SLOTS, Slots
-from qgen.nn import clock
+from qgen.nn import clock, offload
 from qgen.nn.clock import TIMED
+from qgen.nn.kept import keeps, kept, key_of
 
 FLOAT_SLOTS = (
     "smooth",
@@ -51,6 +52,8 @@ _READS = {
         "mul",
         "div",
     ),
+    *("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+    *("bilinear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention"),
     *("__matmul__", "__rmatmul__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__"),
 }
 _VIEWS = {
@@ -106,6 +109,7 @@ class Packed(nn.Module):
     act_format: str
     hadamard: int
     kernel: str | None
+    _key: bytes | None  # of what is done to the input, see `kept`
 
     def _setup(
         self, n: int, k: int, weight_format: str, act_format: str, hadamard: int, compute_dtype: torch.dtype
@@ -120,6 +124,8 @@ class Packed(nn.Module):
         )
         self.clock: clock.Clock | None = None  # set by `clock.wind` where the layer has timestep bins
         self.path = ""  # in the model, for messages
+        self.lent = False  # whether accelerate offloads it, see `offload`
+        self.defers = False  # whether its output may be a promise to the next layer, see `mlp`
         self.shows_weight = True  # whether `state_dict` lists the placeholder
         for slot in (
             "bias",
@@ -167,7 +173,7 @@ class Packed(nn.Module):
         for slot in STORED:
             value = slots.get(slot)
             setattr(self, slot, None if value is None else nn.Parameter(value, requires_grad=False))
-        self.kernel, self._ask, self._on_shift = None, None, None
+        self.kernel, self._ask, self._on_shift, self._key = None, None, None, None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (N, K) that the layer stands for: residual · Hᵀ / smooth + up · down, in `dtype` (default: compute dtype)."""
@@ -217,11 +223,36 @@ class Packed(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         kernel = self.kernel
+        if kernel is None and self.lent:
+            with offload.borrowed(self):
+                return self._run(x)
         if kernel is None:
             raise RuntimeError(f"{type(self).__name__} has no kernel yet: call qgen.prepare(model) or layer.prepare()")
         if self.timed:
-            return clock.apply(self, x, lambda x: torch.ops.qgen.linear(x, *self.record(), kernel))
-        return torch.ops.qgen.linear(x, *self.record(), kernel)
+            return clock.apply(self, x, lambda x: self._product(x, kernel))
+        return self._product(x, kernel)
+
+    def _product(self, x: Tensor, kernel: str) -> Tensor:
+        """The op, or its halves where the first one's result may serve the next layer that reads x."""
+        if not self.act_format or not keeps(x):
+            return torch.ops.qgen.linear(x, *self.record(), kernel)
+        halves = registry.find("linear", kernel)
+        if halves.quantize is None or halves.multiply is None:
+            return torch.ops.qgen.linear(x, *self.record(), kernel)
+        quantize, multiply, slots = halves.quantize, halves.multiply, self.record()
+        with torch.autocast(x.device.type, enabled=False):  # a kernel chooses its own precision
+            made = kept(x, self._quantizes_as(halves.reads), lambda: quantize(x, slots))
+            return multiply(x, made, slots)
+
+    def _quantizes_as(self, reads: tuple[str, ...]) -> bytes:
+        """Equal for layers that make the same codes of an input. Computed once for each filling."""
+        if self._key is None:
+            kp = formats.padded(self.k, self.weight_format, self.act_format, multiple=self.hadamard or 1)
+            tensors = {name: getattr(self, name) for name in reads}
+            self._key = key_of(
+                tensors, self.kernel, self.act_format, self.hadamard, self.k, kp, str(self.compute_dtype)
+            )
+        return self._key
 
     def fused_on_shift(self) -> Tensor:
         """(T, N): what the ranks that a fused LoRA added make of the shifts by bin. Computed once for each fusing."""
@@ -259,6 +290,11 @@ class Packed(nn.Module):
         )
 
     # -- nn.Module -----------------------------------------------------------------------------------------------------
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "_hf_hook":
+            offload.hooked(self, value)
+
     def _apply(self, fn, recurse=True):
         """Moves everything, casts the bias, and never to 8 bits. A change of device type or compute dtype repacks for it."""
         targets = {name: self._target(name, p, fn) for name, p in self.slots().items()}

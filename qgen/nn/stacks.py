@@ -1,4 +1,4 @@
-"""Weights that are no layers: mixtures of experts keep theirs stacked in one parameter (E, N, K), which no hook on a layer sees.
+"""Weights that are no layers: experts stacked in one parameter (E, N, K), and those of `nn.MultiheadAttention`, which calls no layer.
 
 They stay float. The report lists them, so that a model whose size barely shrank says why.
 """
@@ -9,6 +9,7 @@ from torch import nn
 
 from qgen.nn.kinds import kind_of
 
+_HOW = {False: "stacked in one parameter, which are no layers", True: "that torch reads past their layers"}
 _WIDE = 32  # smaller matrices are tables of positions or shifts
 
 
@@ -21,10 +22,12 @@ def stacked(module: nn.Module) -> list[dict]:
             for name, p in part.named_parameters(recurse=False)
             if p.ndim == 3 and p.shape[0] > 1 and min(p.shape[1:]) >= _WIDE and not kind_of(part)
         }
+        if isinstance(part, nn.MultiheadAttention):
+            found = {name: p for name, p in part.named_parameters() if p.ndim == 2}
         if found:
             nbytes = 2 * sum(p.numel() for p in found.values())
             shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in found.items())
-            why = f"{type(part).__name__} holds matrices stacked in one parameter, which are no layers: {shapes}"
+            why = f"{type(part).__name__} holds matrices {_HOW[isinstance(part, nn.MultiheadAttention)]}: {shapes}"
             facts = {
                 "path": path,
                 "kind": "stack",

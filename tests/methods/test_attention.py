@@ -74,7 +74,7 @@ def test_no_call_is_worse_than_the_budget(model, budget):
             q, k, v, out = block.seen[0]
             want = attention_float(q.double(), k.double(), v.double())[0]
             worst = max(worst, float((out - want).norm() / want.norm()))
-    assert worst <= 1.05 * budget  # errors were measured with the layers before in float
+    assert worst <= budget  # errors were measured with the layers before in float: hence the margin
 
 
 def test_the_budget_moves_the_choice_by_layer_and_timestep(model):
@@ -132,7 +132,7 @@ def test_refusals_change_nothing():
         qgen.quantize(model, "rtn-int4", calibration=calls("pixart"), attention="int9", progress=False)
     with pytest.raises(ValueError, match="calibration"):
         qgen.quantize(model, "rtn-int4", attention="int8", progress=False)
-    for options in ({"mode": "fp5"}, {"budget": 0.0}, {"ranges": 0}, {"calls": 0}):
+    for options in ({"mode": "fp5"}, {"budget": 0.0}, {"margin": 0.0}, {"margin": 1.5}, {"ranges": 0}, {"calls": 0}):
         with pytest.raises(ValueError):
             AttentionSpec(**options)
     assert as_spec(None) is None and as_spec("int8") == AttentionSpec("int8")

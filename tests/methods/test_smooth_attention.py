@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qgen.methods.smooth_attention import smooth_attention
+from qgen.nn.cache_name import cache_name
 from qgen.nn.kv_cache import kv_cache
 
 
@@ -36,7 +37,7 @@ def error(got, want):
 
 def chunked(model, x):
     cache = kv_cache(keys="token", group=16, window=0, sink=0)
-    return torch.cat([model(part, past_key_values=cache).logits for part in x.split(16, 1)], 1)
+    return torch.cat([model(part, **{cache_name(model): cache}).logits for part in x.split(16, 1)], 1)
 
 
 def test_function_stays_and_keys_per_token_get_better(llama):

@@ -205,6 +205,77 @@ def test_the_clock_picks_by_timestep():
     assert not twin._forward_pre_hooks
 
 
+class Multi(nn.Module):
+    """torch's own attention module, whose forward is one function of torch."""
+
+    def __init__(self, need_weights=False):
+        super().__init__()
+        self.attn, self.need_weights = nn.MultiheadAttention(64, 2, batch_first=True), need_weights
+        self.out = nn.Linear(64, 64)
+
+    def forward(self, x, mask=None):
+        return self.out(self.attn(x, x, x, key_padding_mask=mask, need_weights=self.need_weights)[0])
+
+
+def multi(**options):
+    torch.manual_seed(0)
+    return Multi(**options).eval().requires_grad_(False)
+
+
+def test_torch_multihead_attention_is_caught():
+    model, x = multi(), torch.randn(2, 24, 64)
+    x[:, 20:] *= 6
+    mask = torch.zeros(2, 24, dtype=torch.bool)
+    mask[:, 20:] = True
+    free, want = model(x), model(x, mask)
+    qgen.quantize(model, qgen.Recipe(qgen.Spec("fp8_e4m3_row")), calibration=[x], attention="int8", progress=False)
+    assert set(model.qgen_attention.layers) == {"attn"} and type(model.attn.out_proj).__name__.startswith("NonDyn")
+    layers = multi()
+    qgen.quantize(layers, qgen.Recipe(qgen.Spec("fp8_e4m3_row")), calibration=[x], progress=False)
+    assert 0 < error(model(x), layers(x)) < 0.05 and 0 < error(model(x, mask), layers(x, mask)) < 0.05  # P v in fp8
+    assert error(model(x), free) < 0.06 and error(model(x, mask), want) < 0.06 and error(free, want) > 0.3
+    row = next(row for row in model.qgen_report if row["kind"] == "stack")
+    assert row["path"] == "attn" and "reads past their layers: in_proj_weight (192, 64), out_proj.weight" in row["why"]
+    assert row["bytes16"] == 2 * 4 * 64 * 64
+    remove(model)
+    assert torch.equal(model(x), layers(x))
+
+
+def test_torch_multihead_attention_with_weights_is_listed():
+    model, x = multi(need_weights=True), torch.randn(1, 24, 64)
+    want = model(x)
+    qgen.quantize(model, qgen.Recipe(qgen.Spec("fp8_e4m3_row")), calibration=[x], attention="int8", progress=False)
+    assert not model.qgen_attention.layers and error(model(x), want) < 0.06
+    row = next(row for row in model.qgen_report if row["kind"] == "attention")
+    assert row["path"] == "attn" and row["spec"] == "float" and "by itself" in row["why"]
+
+
+def test_a_packed_layer_that_torch_reads_is_refused_by_name():
+    """Packed by hand: `quantize` leaves it alone. The zeros of the placeholder would give zeros without a word."""
+    from qgen.nn import packed_layer
+    from qgen.recipe import Spec
+    from qgen.site import Draft, Site
+
+    model = multi()
+    old = model.attn.out_proj
+    draft = Draft(
+        (Site("attn.out_proj", "linear", "", 0, "", (64, 64)),), Spec("int4_g64"), old.weight.clone(), old.bias
+    )
+    model.attn.out_proj = packed_layer(draft, old)
+    model.attn.out_proj.path = "attn.out_proj"
+    model.attn.out_proj.prepare()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), pytest.raises(RuntimeError, match=r"'attn\.out_proj' is read by"):
+            model(torch.randn(1, 24, 64))
+
+
+def test_data_free_quantization_leaves_it_alone():
+    model, x = multi(), torch.randn(1, 24, 64)
+    want = model(x)
+    qgen.quantize(model, qgen.Recipe(qgen.Spec("int8_row")), progress=False)
+    assert error(model(x), want) < 0.05 and not hasattr(model.attn.out_proj, "codes") and hasattr(model.out, "codes")
+
+
 def test_gradients_are_those_of_float_attention():
     model, x = attend(), torch.randn(1, 20, 64)
     x.requires_grad_(True)
@@ -272,6 +343,15 @@ def test_the_op_is_a_proper_op():
         )
     plain = torch.ops.qgen.attention_choice(q, k, k, None, False, 0.2, torch.tensor(0), table, ",int8")
     assert error(plain, attention_float(q, k, k, scale=0.2)[0]) < 1e-6
+
+
+@pytest.mark.slow
+def test_torch_multihead_attention_compiles_into_one_graph():
+    model, x = multi(), torch.randn(2, 24, 64)
+    install(model, Choices({"attn": ("int8",)}))
+    want = model(x)
+    torch._dynamo.reset()
+    assert error(torch.compile(model, fullgraph=True, backend="aot_eager")(x), want) < 1e-5
 
 
 @pytest.mark.slow

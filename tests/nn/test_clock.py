@@ -9,6 +9,7 @@ from torch import nn
 
 import qgen
 from qgen.calibration.base import CalibrationSet, Call, Moment
+from qgen.io.into import load_peer
 from qgen.methods.lowrank import LowRank
 from qgen.methods.temporal import Center, Static, TemporalBias
 from qgen.nn import clock as clock_module
@@ -180,16 +181,27 @@ def test_a_static_layer_measures_nothing_at_run_time(made):
 
 def test_a_failed_run_takes_the_clock_off(calls):
     module = Denoiser().eval()
-    loud = Call((torch.full((1, 24, 64), 3e38),), {"timestep": torch.tensor([900.0])}, Moment(99, 4, 900.0))
-    bad = CalibrationSet((*calls.calls[:20], loud))
+    x, t = torch.full((1, 24, 64), 3e38), torch.tensor([900.0])
+    loud = [Call((x,), {"timestep": t}, Moment(sample, 4, 900.0)) for sample in range(90, 96)]
+    bad = CalibrationSet((*calls.calls[:20], *loud))
     with pytest.raises(qgen.errors.BadData):
         qgen.quantize(module, TIMED, calibration=bad, progress=False)
     assert "qgen_clock" not in module.__dict__ and not module._forward_pre_hooks
 
 
-def test_export_to_formats_without_tables_is_refused(made, tmp_path):
+def test_export_to_formats_without_tables_is_refused_and_qgens_own_keeps_them(made, calls, tmp_path):
     with pytest.raises(ValueError, match="tables over timesteps"):
         qgen.export(made["timed"], "comfy", tmp_path / "x.safetensors")
+    qgen.export(made["timed"], "qgen", tmp_path / "own")
+    (file,) = (tmp_path / "own").glob("*.safetensors")
+    for to in ("comfy", "float"):
+        with pytest.raises(ValueError, match="tables over timesteps"):
+            qgen.export(file, to, tmp_path / "x.safetensors")
+    again = load_peer(file, into=Denoiser())
+    for a, b in zip(again.layers, made["timed"].layers, strict=True):
+        assert a.layout == b.layout and all(torch.equal(a.canonical()[k], v) for k, v in b.canonical().items())
+    with torch.no_grad():
+        assert torch.equal(calls.calls[0].run(again), calls.calls[0].run(made["timed"]))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qgen.nn.cache_name import cache_name
 from qgen.nn.kv_cache import KV4, LayerKV, Packed4, kv_cache
 
 
@@ -92,9 +93,9 @@ def test_a_model_runs_on_it(llama):
     ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(1))
     want = llama(ids).logits
     cache = kv_cache(group=32, window=16)
-    got = [llama(ids[:, :100], past_key_values=cache).logits]
+    got = [llama(ids[:, :100], **{cache_name(llama): cache}).logits]
     assert torch.allclose(got[0], want[:, :100], atol=1e-4)  # nothing is packed before the first call is over
-    got += [llama(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 200)]
+    got += [llama(ids[:, i : i + 1], **{cache_name(llama): cache}).logits for i in range(100, 200)]
     tail = torch.cat(got[1:], 1)
     assert cache.get_seq_length() == 200
     assert 1e-4 < error(tail, want[:, 100:]) < 0.05
@@ -104,7 +105,9 @@ def test_a_model_runs_on_it(llama):
 
 def test_generate_and_beams(llama):
     ids = torch.randint(0, 64, (2, 60), generator=torch.Generator().manual_seed(2))
-    out = llama.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=kv_cache(group=16, window=4))
+    out = llama.generate(ids, max_new_tokens=20, do_sample=False, **{cache_name(llama): kv_cache(group=16, window=4)})
     assert out.shape == (2, 80)
-    beams = llama.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, past_key_values=kv_cache(group=16))
+    beams = llama.generate(
+        ids, max_new_tokens=6, num_beams=3, do_sample=False, **{cache_name(llama): kv_cache(group=16)}
+    )
     assert beams.shape == (2, 66)
