@@ -7,6 +7,7 @@ fit and calls that are held out: a method may only be kept where it helps on pro
 __all__ = ["CalibrationSet", "Calibrator", "Call", "Moment"]
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from qgen.errors import BadData
 from qgen.registry import Registry
+
+log = logging.getLogger("qgen")
 
 calibrators: Registry[type] = Registry("calibrator", "qgen.calibration")
 
@@ -54,7 +57,8 @@ class Call:
 
     def run(self, module: nn.Module) -> Any:
         """The module's output on this call, on copies of the arguments on the module's device: a module may write to its input."""
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        placed = (p.device for p in module.parameters() if p.device.type != "meta")  # a hook moves offloaded ones
+        device = next(placed, torch.device("cpu"))
         copies: dict[int, Tensor] = {}  # what the call shares stays shared
 
         def copied(t: Tensor) -> Tensor:
@@ -67,10 +71,11 @@ class Call:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Recorded calls of one denoiser. `origin` says how they were made."""
+    """Recorded calls of one denoiser. `origin` says how they were made, `dropped` which calls were left out since, and why."""
 
     calls: tuple[Call, ...]
     origin: str = "given"
+    dropped: tuple[str, ...] = ()
 
     def check(self) -> None:
         """BadData if there are no calls, or if any argument holds NaN or infinity (names the call and the argument)."""
@@ -78,10 +83,48 @@ class CalibrationSet:
             raise BadData(
                 "calibration holds no calls: record at least one, or use a recipe that needs none (e.g. 'rtn-int4')"
             )
+        for number, name in self._broken().items():
+            raise BadData(f"calibration call {number}, argument {name}: holds NaN or infinity")
+
+    def clean(self) -> "CalibrationSet":
+        """The set without calls whose arguments hold NaN or infinity, see `without`. BadData if there are no calls."""
+        broken = self._broken()
+        if not self.calls or len(broken) > self.spare:
+            self.check()
+        return self.without({number: f"argument {name}" for number, name in broken.items()})
+
+    def without(self, bad: dict[int, str]) -> "CalibrationSet":
+        """The set without the calls `bad` (number: where NaN or infinity was found), each of them named in a warning and in `dropped`.
+
+        BadData if that leaves out more than a tenth of what was recorded: then it is no accident of one call.
+        """
+        if not bad:
+            return self
+        said = tuple(f"{_name(self.calls[n].moment)}: {where} holds NaN or infinity" for n, where in bad.items())
+        if len(bad) > self.spare:
+            raise BadData(
+                f"{len(bad) + len(self.dropped)} of {len(self.calls) + len(self.dropped)} calibration calls hold NaN or infinity, "
+                f"at most a tenth can be left out; the first is {said[0]}; nothing was changed"
+            )
+        for line in said:
+            log.warning("calibration call dropped: %s", line)
+        calls = tuple(call for n, call in enumerate(self.calls) if n not in bad)
+        return replace(self, calls=calls, dropped=(*self.dropped, *said))
+
+    @property
+    def spare(self) -> int:
+        """How many more calls may be left out."""
+        return (len(self.calls) + len(self.dropped)) // 10 - len(self.dropped)
+
+    def _broken(self) -> dict[int, str]:
+        """The first argument that holds NaN or infinity of each call that has one, by the call's number."""
+        found: dict[int, str] = {}
         for number, call in enumerate(self.calls):
             for name, tensor in call.tensors():
                 if tensor.is_floating_point() and not _maskish(name) and not bool(torch.isfinite(tensor).all()):
-                    raise BadData(f"calibration call {number}, argument {name}: holds NaN or infinity")
+                    found[number] = name
+                    break
+        return found
 
     def hold_out(self, share: float = 0.2) -> "CalibrationSet":
         """The same calls with a share of the samples, spread evenly, marked as held out. Sets that are marked already stay as they are.
@@ -115,6 +158,13 @@ class Calibrator(Protocol):
     def calls(self, pipe: Any, denoisers: dict[str, nn.Module], **options: Any) -> dict[str, CalibrationSet]:
         """Recorded calls for each denoiser."""
         ...
+
+
+def _name(moment: Moment) -> str:
+    """A call in words."""
+    words = [f"sample {moment.sample}", f"step {moment.step}"]
+    words += [] if moment.t is None else [f"timestep {moment.t:g}"]
+    return ", ".join([*words, moment.branch] if moment.branch else words)
 
 
 def _maskish(name: str) -> bool:

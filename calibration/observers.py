@@ -1,4 +1,8 @@
-"""Streaming statistics of a layer's input: updated row by row, mergeable in any order, with a size known before any data flows."""
+"""Streaming statistics of a layer's input: updated row by row, mergeable in any order, with a size known before any data flows.
+
+Sums run in float64 over what each call adds in float32: rounded to float32 at the end they do not show in which order, or in how many
+processes, the calls came.
+"""
 
 __all__ = ["AbsMax", "Gram", "Observer", "Reservoir"]
 
@@ -64,12 +68,13 @@ class Gram:
     """Mean of x xᵀ, (K, K) float32, over the calls that are not held out.
 
     rows: how many are expected, 0 = unknown. Where so few rows take less memory than the matrix they are kept as they come, and multiplied
-    when the mean is asked for; more rows than that are added up at once.
+    when the mean is asked for; more rows than that are added up at once. The sum is held as float64 strips, up to the diagonal alone: what
+    lies right of it is copied at the end, so that they take little more memory than the whole matrix in float32.
     """
 
     def __init__(self, rows: int = 0, itemsize: int = 4):
         self.rows, self.itemsize = rows, itemsize
-        self.total: Tensor | None = None
+        self.total: list[Tensor] = []
         self.count = 0
         self._waiting: list[Tensor] = []
 
@@ -84,22 +89,25 @@ class Gram:
             self._fold()
 
     def _keeps(self, k: int) -> bool:
-        return self.rows * self.itemsize < 4 * k
+        return self.rows * self.itemsize * k < _strips_nbytes(k)
 
     def _fold(self) -> None:
         for x in self._waiting:
-            x = x.float()
-            if self.total is None:
-                self.total = x.new_zeros(x.shape[1], x.shape[1])
-            for rows in _panels(x.shape[1]):  # what lies right of them is copied at the end: 3/8 of the work less
-                self.total[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
+            x, k = x.float(), x.shape[1]
+            if not self.total:
+                self.total = [x.new_zeros(s.stop - s.start, s.stop, dtype=torch.float64) for s in _strips(k)]
+            space = x.new_empty(_STRIP * k)  # one product after the other stays in the cache
+            for total, strip in zip(self.total, _strips(k), strict=True):
+                product = space[: total.numel()].view(total.shape)
+                total += torch.mm(x[:, strip].T, x[:, : strip.stop], out=product)
         self._waiting = []
 
     def merge(self, other: "Gram") -> None:
         if other.count:
             self._fold()
             other._fold()
-            self.total = other.total.clone() if self.total is None else self.total + other.total
+            pairs = zip(self.total, other.total, strict=True)
+            self.total = [a + b for a, b in pairs] if self.total else [t.clone() for t in other.total]
             self.count += other.count
 
     @property
@@ -110,19 +118,27 @@ class Gram:
     def mean(self) -> Tensor:
         """(K, K) float32."""
         self._fold()
-        made = self.total / self.count
-        for rows in _panels(len(made)):
-            made[: rows.start, rows] = made[rows, : rows.start].T
+        k = self.total[-1].shape[1]
+        made = self.total[0].new_empty(k, k, dtype=torch.float32)
+        for total, strip in zip(self.total, _strips(k), strict=True):
+            made[strip, : strip.stop] = total / self.count
+            made[: strip.start, strip] = made[strip, : strip.start].T
         return made
 
     def nbytes(self, k: int) -> int:
-        return self.rows * self.itemsize * k if self.rows and self._keeps(k) else 4 * k * k
+        return self.rows * self.itemsize * k if self.rows and self._keeps(k) else _strips_nbytes(k)
 
 
-def _panels(k: int) -> list[slice]:
-    """The rows of a (K, K) matrix in four parts; in one where products are too small to gain by it."""
-    size = -(-k // 4) if k >= 2048 else k
-    return [slice(low, min(k, low + size)) for low in range(0, k, size)]
+_STRIP = 128  # rows: at K = 1152 as quick as adding up in float32, at K = 4608 a quarter slower
+
+
+def _strips(k: int) -> list[slice]:
+    """The rows of a (K, K) matrix, some at a time."""
+    return [slice(low, min(k, low + _STRIP)) for low in range(0, k, _STRIP)]
+
+
+def _strips_nbytes(k: int) -> int:
+    return sum(8 * (strip.stop - strip.start) * strip.stop for strip in _strips(k))
 
 
 class Reservoir:

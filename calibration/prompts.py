@@ -1,6 +1,9 @@
-"""A small built-in prompt set for calibration: 128 captions composed from varied subjects, settings and styles, in our own words."""
+"""Prompts for calibration: a small built-in set, 128 captions of varied subjects, settings and styles in our own words, or one's own."""
 
-__all__ = ["PROMPTS"]
+__all__ = ["PROMPTS", "as_prompts"]
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 _SUBJECTS = (
     "a lighthouse keeper", "two red foxes", "a bowl of ramen", "an old steam locomotive", "a ballet dancer", "a stack of books",
@@ -21,3 +24,22 @@ PROMPTS: tuple[str, ...] = tuple(
     for j in range(8)
     for i, subject in enumerate(_SUBJECTS)
 )
+
+
+def as_prompts(given: "str | Path | Sequence[str] | Callable[[int], Sequence[str]]", count: int = 128) -> list[str]:
+    """Prompts from text (one prompt), a list, a `Path` (a file in UTF-8, one prompt in a line), or a function that is asked for `count`.
+
+    ValueError if there are none, or something else than text.
+    """
+    if isinstance(given, Path):
+        if not given.is_file():
+            raise ValueError(f"no file of prompts {given}")
+        given = [line.strip() for line in given.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif callable(given):
+        given = given(count)
+    prompts = [given] if isinstance(given, str) else list(given)
+    if not prompts:
+        raise ValueError("calibration needs at least one prompt, found none; leave out `prompts` for the built-in set")
+    if wrong := next((p for p in prompts if not isinstance(p, str)), None):
+        raise ValueError(f"a prompt is text, found {type(wrong).__name__}")
+    return prompts

@@ -9,8 +9,8 @@ __all__ = ["Recorder", "as_calls", "load", "save"]
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from qgen.calibration.base import CalibrationSet, Call, Moment, _map, calibrators
-from qgen.calibration.prompts import PROMPTS
+from qgen.calibration.prompts import PROMPTS, as_prompts
 from qgen.calibration.timeline import log_snr, unit_of
 from qgen.errors import BadCheckpoint
 from qgen.nn.clock import timestep_of
 from qgen.progress import quiet
+from qgen.team import ALONE, Team
 
 _VERSION = 1
 
@@ -33,8 +34,11 @@ class Recorder:
     """Drives the pipeline over prompts and keeps `steps` calls of each run, spread uniformly.
 
     prompts: None = the pipeline's own `calibration_prompts` or a built-in set. samples: at most so many prompts. steps: calls kept per
-    prompt and denoiser. batch: prompts per run; 0 = 16 for denoisers below 100 M parameters, else 1. held: share of prompts held out.
-    branches: keep the halves of classifier-free guidance, which come as one batch, as calls of their own.
+    prompt and denoiser. batch: prompts per run; 0 = up to 16 for denoisers below 100 M parameters, if that leaves ten runs or more, else 1.
+    held: share of runs held out.
+    branches: keep the halves of classifier-free guidance, which come as one batch, as calls of their own. inputs: further arguments of the
+    pipeline with one value for each prompt, {"image": [...]}: images, videos, or latents (a tensor or a list). A pipeline that takes no
+    prompt is driven by them alone.
     """
 
     samples: int = 128
@@ -42,6 +46,7 @@ class Recorder:
     batch: int = 0
     held: float = 0.2
     branches: bool = False
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     outputs: ClassVar[bool] = False  # whether `pick` reads the denoiser's outputs
 
     def pick(self, run: Sequence[Call], count: int, sample: int) -> list[int]:
@@ -57,53 +62,86 @@ class Recorder:
         call_kwargs: dict | None = None,
         seed: int = 0,
         progress: Callable = lambda items, **_: items,
+        team: Team = ALONE,
     ) -> dict[str, CalibrationSet]:
-        """Calls of each denoiser. ValueError for an empty list of prompts, or a bare module that has nothing to draw with."""
+        """Calls of each denoiser; of a team, each process draws its share, and all get all calls.
+
+        ValueError for an empty list of prompts, or a bare module that has nothing to draw with.
+        """
         if isinstance(pipe, nn.Module):
             raise ValueError(
                 f"{type(pipe).__name__} is no pipeline and cannot be driven by prompts: pass calibration=[...] with its calls"
             )
-        if prompts is not None and not len(prompts):
-            raise ValueError(
-                "calibration needs at least one prompt, found none; leave out `prompts` for the built-in set"
-            )
-        takes_prompt = "prompt" in inspect.signature(type(pipe).__call__).parameters
         if prompts is None:
             prompts = getattr(pipe, "calibration_prompts", None) or PROMPTS
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)[: self.samples]
-        batch = self.batch or (16 if sum(p.numel() for d in denoisers.values() for p in d.parameters()) < 1e8 else 1)
-        runs = [prompts[i : i + batch] for i in range(0, len(prompts), batch)] if takes_prompt else [None]
+        runs = self._runs(pipe, as_prompts(prompts, self.samples)[: self.samples], denoisers)
         tapes = {name: _Tape(self, getattr(pipe, "scheduler", None)) for name in denoisers}
         hooks = [d.register_forward_pre_hook(tapes[name].listen, with_kwargs=True) for name, d in denoisers.items()]
         if self.outputs:
             hooks += [d.register_forward_hook(tapes[name].answer) for name, d in denoisers.items()]
         try:
-            for sample, run in enumerate(progress(runs, desc="record", total=len(runs))):
-                self._run(pipe, run, call_kwargs or {}, seed + sample)
+            share = team.mine(list(enumerate(runs)))
+            for sample, run in progress(share, desc="record", total=len(share)):
+                self._run(pipe, {**(call_kwargs or {}), **run}, seed + sample)
                 for tape in tapes.values():
-                    tape.rewind(sample, len(run) if run else 0)
+                    tape.rewind(sample, len(run.get("prompt", ())))
         finally:
             for hook in hooks:
                 hook.remove()
-        origin = f"{len(prompts) if takes_prompt else 1} prompts, {self.steps} steps each"
-        return {
-            name: CalibrationSet(tuple(t.calls), origin).hold_out(self.held) for name, t in tapes.items() if t.calls
-        }
+        origin = f"{sum(len(run.get('prompt', '1')) for run in runs)} prompts, {self.steps} steps each"
+        made = {}
+        for name, tape in tapes.items():
+            calls = sorted((c for part in team.all(tape.calls) for c in part), key=lambda call: call.moment.sample)
+            if calls:
+                made[name] = CalibrationSet(tuple(calls), origin).hold_out(self.held)
+        return made
 
-    def _run(self, pipe: Any, prompts: list[str] | None, call_kwargs: dict, seed: int) -> None:
+    def _runs(self, pipe: Any, prompts: list[str], denoisers: dict[str, nn.Module]) -> list[dict[str, Any]]:
+        """The arguments that differ from run to run."""
         known = inspect.signature(type(pipe).__call__).parameters
-        options = dict(call_kwargs)
-        if prompts is not None:
-            options["prompt"] = prompts
-            negative = options.get("negative_prompt")
-            if isinstance(negative, str):
-                options["negative_prompt"] = [negative] * len(prompts)
+        varied: dict[str, Any] = {"prompt": prompts} if "prompt" in known else {}
+        for name, values in self.inputs.items():
+            if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+                raise ValueError(
+                    f"{type(pipe).__name__} takes no {name!r}; its arguments are {', '.join(list(known)[1:])}"
+                )
+            varied[name] = values[: self.samples]
+        sizes = {name: len(values) for name, values in varied.items()}
+        if len(set(sizes.values())) > 1 or 0 in sizes.values():
+            raise ValueError(
+                f"inputs have one value for each prompt, found {', '.join(f'{n} {name}' for name, n in sizes.items())}"
+            )
+        if not varied:
+            return [{}]
+        count = next(iter(sizes.values()))
+        batch = self.batch or _batch(count, sum(p.numel() for d in denoisers.values() for p in d.parameters()))
+        return [
+            {name: _part(values, start, batch, name) for name, values in varied.items()}
+            for start in range(0, count, batch)
+        ]
+
+    def _run(self, pipe: Any, options: dict, seed: int) -> None:
+        known = inspect.signature(type(pipe).__call__).parameters
+        negative = options.get("negative_prompt")
+        if isinstance(negative, str) and "prompt" in options:
+            options["negative_prompt"] = [negative] * len(options["prompt"])
         if "generator" in known:
             options.setdefault("generator", torch.Generator().manual_seed(seed))
         if "output_type" in known:
             options.setdefault("output_type", "latent")  # the decoder is not needed
         with torch.no_grad(), quiet(pipe):
             pipe(**options)
+
+
+def _part(values: Any, start: int, size: int, name: str) -> Any:
+    """Some values of an argument; a single image or video as pipelines take one, not as a list."""
+    part = values[start : start + size]
+    return part[0] if len(part) == 1 and name != "prompt" and not isinstance(part, Tensor) else part
+
+
+def _batch(prompts: int, parameters: int) -> int:
+    """Prompts per run. What is held out is whole runs: of sixteen prompts in one, no text would be unseen by what is fitted."""
+    return min(16, max(1, prompts // 10)) if parameters < 1e8 else 1
 
 
 class _Tape:
@@ -172,9 +210,14 @@ def split_branches(call: Call, batch: int) -> list[Call]:
 
 
 def as_calls(given: Any) -> CalibrationSet:
-    """A CalibrationSet from what a user passes for a bare module: a set, or a list of Calls, tensors, tuples, dicts or (args, kwargs)."""
+    """A CalibrationSet from what a user passes for a bare module: a set, or a list of Calls, tensors, tuples, dicts or (args, kwargs).
+
+    Whole numbers (N, M) are N rows of tokens: a call, and a sample, each.
+    """
     if isinstance(given, CalibrationSet):
         return given
+    if isinstance(given, Tensor) and given.ndim == 2 and given.dtype in (torch.int64, torch.int32):
+        given = list(given.split(1))
     if isinstance(given, (Call, Tensor, dict)) or not isinstance(given, Sequence):
         given = [given]
     calls = []
@@ -247,18 +290,25 @@ def load(path: str | Path) -> CalibrationSet:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if header["version"] != _VERSION:
             raise BadCheckpoint(f"{path}: recorded calls of version {header['version']}, this qgen reads {_VERSION}")
-        calls = tuple(
-            Call(
-                tuple(_unstash(row["args"], tensors)),
-                _unstash(row["kwargs"], tensors),
-                Moment(**row["moment"]),
-                row["output"] and _unstash(row["output"], tensors),
-            )
-            for row in header["calls"]
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        calls = tuple(_call(row, tensors) for row in header["calls"])
+        if not isinstance(header["origin"], str):
+            raise ValueError("its origin is no text")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path}: not a file of recorded calls ({error})") from None
     return CalibrationSet(calls, header["origin"])
+
+
+def _call(row: dict, tensors: dict[str, Tensor]) -> Call:
+    """One call out of the header of a file that nobody vouches for."""
+    args, kwargs, output = (_unstash(row[name], tensors) for name in ("args", "kwargs", "output"))
+    if not isinstance(args, list) or not isinstance(kwargs, dict) or not (output is None or isinstance(output, Tensor)):
+        raise ValueError("a call is a list of arguments, an object of named ones and an output")
+    moment = Moment(**row["moment"])
+    kinds = {"sample": int, "step": int, "t": float, "log_snr": float, "branch": str, "held": bool}
+    for name, value in asdict(moment).items():
+        if not (isinstance(value, kinds[name]) or (kinds[name] is float and (value is None or type(value) is int))):
+            raise ValueError(f"{name} of a call is {kinds[name].__name__}, found {value!r}")
+    return Call(tuple(args), kwargs, moment, output)
 
 
 def _unstash(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -8,11 +8,13 @@ __all__ = ["prepare", "quantize", "record"]
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from torch import nn
 
 from qgen import recipes
 from qgen.allocate import allocate, asked
-from qgen.calibration.base import CalibrationSet
+from qgen.calibration.base import CalibrationSet, Call
+from qgen.calibration.prompts import as_prompts
 from qgen.calibration.recorder import Recorder, as_calls
 from qgen.checks import check_weights, parse_bytes, refuse_quantized
 from qgen.errors import NotQuantizable
@@ -30,26 +33,29 @@ from qgen.methods.attention import as_spec, quantize_attention
 from qgen.methods.base import sqnr_db
 from qgen.methods.temporal import timed_or_blind
 from qgen.models import adapter_for
-from qgen.nn import clock, packed_layer
+from qgen.nn import clock, mlp, packed_layer
 from qgen.nn.attention import remove
+from qgen.nn.experts import opened
 from qgen.nn.kinds import empty
-from qgen.nn.packed import Packed
+from qgen.nn.packed import Layout, Packed
 from qgen.nn.stacks import stacked
-from qgen.probe import probe, static_sites
+from qgen.probe import probe, routed, static_sites
 from qgen.progress import bars
 from qgen.recipe import Recipe, Spec
 from qgen.resume import Journal
 from qgen.site import Site
-from qgen.waves import Group, Observed, Stats, Traffic, Wave, measure, plan, solve
+from qgen.team import ALONE, Team, team_for
+from qgen.waves import Group, Observed, Spoilt, Stats, Traffic, Wave, measure, owners, parts, passes, plan
 
 log = logging.getLogger("qgen")
+_FEW = 16  # rows; an expert that is reached by fewer has statistics of nothing
 
 
 def quantize(
     pipe_or_module: Any,
     recipe: str | Path | Recipe = "auto",
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | Path | Callable | None = None,
     call_kwargs: dict | None = None,
     calibration: Any = None,
     budget: Any = None,
@@ -57,6 +63,7 @@ def quantize(
     attention: Any = None,
     memory: int | str | None = None,
     checkpoint: str | Path | None = None,
+    distributed: bool | str = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> Any:
@@ -65,25 +72,32 @@ def quantize(
     Arguments:
         pipe_or_module: a diffusers pipeline (every denoiser in it is quantized) or any `nn.Module`.
         recipe: a name of `qgen.recipes.names()`, a `Recipe`, or the path of a recipe's JSON file.
-        prompts: what the pipeline draws during calibration; default: its own `calibration_prompts`, or a built-in set.
+        prompts: what the pipeline draws during calibration: a list, the `Path` of a file with a prompt in each line, or a function that is
+            asked for so many; default: its own `calibration_prompts`, or a built-in set.
         call_kwargs: further arguments of the pipeline's call during calibration (steps, guidance, size, images …).
         calibration: a recorded set (`qgen.calibration.load`), a calibrator (`Recorder(samples=32)`), or for a bare module a list of calls.
-        memory: bytes for calibration statistics, or text such as "2GiB"; less memory means more replays. Default: half of the model's
-            size, at least 512 MiB.
+        memory: bytes for calibration statistics, or text such as "2GiB"; less memory means more replays, and the same result. Default:
+            half of the model's size, at least 512 MiB. The statistics of a single input are never split.
         budget: mixed precision: "4.5 bits" on average, "6 GiB" for the denoisers, "12 ms" for their layers, or a `qgen.allocate.Budget`.
             Each layer gets the recipe's own format, a wider or, where the budget asks for it, a narrower one; see `qgen.allocate`.
         quality: the smallest model with at least this score, "psnr>=30", "ssim>=0.9" or "sqnr>=20", within the budget if there is one.
         attention: "auto" = attention in 8 bits (fp4 where the device runs it best) wherever its measured error stays within a budget,
             by layer and timestep; "int8", "fp4" = in these numbers everywhere; an `AttentionSpec` for more; None = as it is.
         checkpoint: folder in which finished waves are kept; the same call goes on from there after a crash.
+        distributed: "auto" = together with the other processes of torch.distributed, accelerate or torchrun, where there are any: each
+            draws its share of the prompts, replays its share of the calls and refines its share of the layers, and all end with the same
+            model, that of one process alone. True = an error without others; False = this process alone.
         seed: of latents and of methods' random numbers. Same seed, same machine, same number of threads: same bytes.
         progress: show progress bars.
+
+    Calls that hold NaN or infinity, up to a tenth of all, are left out: a warning and the report name each.
 
     Raises NotQuantizable (nothing to quantize, or quantized already), ValueError (unknown names, no prompts), BadData (NaN or infinity in
     weights or activations), BadCheckpoint (a checkpoint of another model, recipe or calibration). In each case nothing is changed.
     """
     attention = as_spec(attention)
     limits = asked(budget, quality)
+    prompts = None if prompts is None else as_prompts(prompts)
     adapter = adapter_for(pipe_or_module)
     denoisers = adapter.denoisers(pipe_or_module)
     for name, module in denoisers.items():
@@ -93,25 +107,27 @@ def quantize(
     resolved = _recipe(recipe, device)
     if keep := adapter.keep_float():
         resolved = resolved.skip(*keep, why=f"kept float in {type(adapter).__name__}")
-    bar = bars(progress)
-    with _evaluating(denoisers.values()):
+    words = f"{type(pipe_or_module).__name__}, recipe {resolved.name!r}, seed {seed}"
+    with team_for(distributed, words) as team, _evaluating(denoisers.values()), opened(denoisers.values()):
+        bar = bars(progress if team.rank == 0 else False)
         wanted = any(limits) or attention is not None
-        sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar, wanted)
+        sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar, wanted, team)
         plans = {}
         if any(limits):
-            plans = allocate(
-                pipe_or_module, denoisers, resolved, sets, *limits, prompts=prompts, call_kwargs=call_kwargs,
+            measured = partial(
+                allocate, pipe_or_module, denoisers, resolved, sets, *limits, prompts=prompts, call_kwargs=call_kwargs,
                 memory=memory, seed=seed, bar=bar,
             )  # fmt: skip
+            plans = team.lead(measured)
         jobs = [
             _Job.plan(name, module, plans[name].recipe if plans else resolved, sets.get(name), memory, seed)
             for name, module in denoisers.items()
         ]
         try:
             for job in jobs:
-                job.run(bar, checkpoint)
+                job.run(bar, checkpoint, team)
                 job.rows += quantize_attention(job.module, attention, job.calls)
-            reports = [job.report() for job in jobs]
+            reports = team.lead(lambda: [job.report() for job in jobs])
         except BaseException:
             for job in jobs:
                 job.undo()
@@ -160,14 +176,18 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
             layer.training = mode
 
 
-def prepare(x: Any, kernel: str | None = None) -> dict[str, int]:
-    """Chooses kernels where each packed layer is; returns how many layers run which. NoKernel with reasons if none serves."""
+def prepare(x: Any, kernel: str | None = None, fuse_mlp: bool = False) -> dict[str, int]:
+    """Chooses kernels where each packed layer is; returns how many layers run which. NoKernel with reasons if none serves.
+
+    fuse_mlp: run two layers with a GELU (tanh) between as one op of three launches, where their kernel has it; see `qgen.nn.mlp`.
+    """
     counts: dict[str, int] = {}
     for module in adapter_for(x).denoisers(x).values():
         for layer in module.modules():
             if isinstance(layer, Packed):
                 name = layer.prepare(kernel)
                 counts[name] = counts.get(name, 0) + 1
+        mlp.mark(module, fuse_mlp)
     return counts
 
 
@@ -179,12 +199,13 @@ class _Job:
     module: nn.Module
     recipe: Recipe
     calls: CalibrationSet | None
-    waves: list[Wave]
+    waves: list[list[Wave]]  # each in passes: what is observed at a time
     kept: list[dict]
     seed: int
+    starved: dict[str, str] = field(default_factory=dict)  # experts with too few tokens, and why
     originals: dict[str, nn.Module] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
-    outputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[tuple[Call, torch.Tensor]] = field(default_factory=list)
 
     @classmethod
     def plan(
@@ -192,6 +213,10 @@ class _Job:
     ) -> "_Job":
         recipe = timed_or_blind(recipe, calls, name or type(module).__name__)
         sites = probe(module, calls.calls[0]) if calls else static_sites(module)
+        tokens: dict[str, int] = {}
+        starved: dict[str, str] = {}
+        if calls:
+            sites, tokens = routed(module, sites, calls.calls)
         chosen: list[tuple[Site, Spec]] = []
         kept = stacked(module)
         for site in sites:
@@ -200,85 +225,130 @@ class _Job:
                 layer = module.get_submodule(site.path)
                 kept.append({**_facts(site), "spec": "float", "kernel": "", "why": why, **_sizes(layer, layer)})
             else:
+                if tokens.get(site.path, _FEW) < _FEW and spec.methods:
+                    spec = replace(spec, methods=(), bins=1)
+                    starved[site.path] = f"; rounded to nearest: {tokens[site.path]} calibration tokens reached it"
                 chosen.append((site, spec))
         if not chosen:
             raise NotQuantizable(
                 f"recipe {recipe.name!r} keeps all {len(sites)} layers of {type(module).__name__} float: nothing to do"
             )
         total = sum(p.nbytes for p in module.parameters())
-        budget = max(512 << 20, total // 2) if memory is None else parse_bytes(memory)
+        # where later layers see what earlier ones lost is a question of the model alone, not of memory
+        budget = max(512 << 20, total // 2)
         traffic = Traffic.of(module, calls) if calls else Traffic()
-        return cls(name, module, recipe, calls, plan(chosen, budget, traffic), kept, seed)
+        most = budget if memory is None else parse_bytes(memory)
+        waves = [passes(wave, most, traffic) for wave in plan(chosen, budget, traffic)]
+        return cls(name, module, recipe, calls, waves, kept, seed, starved)
 
-    def run(self, bar: Callable, checkpoint: str | Path | None) -> None:
-        journal = self._journal(checkpoint) if checkpoint else None
+    def run(self, bar: Callable, checkpoint: str | Path | None, team: Team) -> None:
+        journals: list[Journal] | None = [] if checkpoint else None  # one, of rank 0 alone: what it reads all get
+        if checkpoint:
+            team.lead(lambda: journals.append(self._journal(checkpoint)))
         self.outputs = _outputs(self.module, self.calls)
         label = self.name or type(self.module).__name__
-        total = sum(len(wave.groups) for wave in self.waves)
+        numbers, count = itertools.count(), sum(map(len, self.waves))
+        total = sum(len(part.groups) for wave in self.waves for part in wave)
         with bar(total=total, desc=f"quantize {label}", unit="layer") as meter:
-            for number, wave in enumerate(self.waves):
-                if journal and (saved := journal.read(number)):
-                    for path, (layout, slots, row) in saved.items():
-                        self._swap(path, layout, slots, row)
-                    meter.update(len(wave.groups))
-                    continue
-                stats, left = Observed({}), Counter(group.sites[0].shares for group in wave.groups)
-                if self.calls is not None:
-                    title = f"observe wave {number + 1}/{len(self.waves)}"
-                    stats = measure(
-                        self.module,
-                        wave,
-                        self.calls,
-                        self.seed,
-                        lambda c, t=title: bar(c, desc=t, unit="call", leave=False),
-                    )
-                done: list[dict] = []
-                for group in wave.groups:
-                    shares = group.sites[0].shares
-                    done += self._solve(group, stats.get(shares, Stats()))
-                    left[shares] -= 1
-                    if not left[shares]:
-                        stats.drop(shares)
-                        n, k = group.sites[0].shape[:2]
-                        if n * k > 1 << 21:  # not after each: pages given back cost time to get again
-                            _trim()
-                    meter.update(1)
-                _trim()
-                if journal:
-                    journal.write(number, {row["path"]: self.module.get_submodule(row["path"]) for row in done}, done)
+            for wave in self.waves:
+                waiting: list[tuple[str, Packed, dict]] = []
+                for part, number in zip(wave, numbers, strict=False):
+                    title = f"observe {number + 1}/{count}"
+                    watch = partial(bar, desc=title, unit="call", leave=False)
+                    for made in self._pass(part, number, journals, watch, meter, team):
+                        if len(wave) == 1:
+                            self._install(*made)
+                        else:  # every pass of a wave observes the same model
+                            waiting.append(made)
+                    _trim()
+                for made in waiting:
+                    self._install(*made)
+
+    def _pass(
+        self, wave: Wave, number: int, journals: list[Journal] | None, watch: Callable, meter: Any, team: Team
+    ) -> Iterator[tuple[str, Packed, dict]]:
+        """(path, packed layer, report row) of a pass's layers: out of the journal, or refined now and then written to it."""
+        if journals is not None and (saved := team.lead(lambda: journals[0].read(number))):
+            meter.update(len(wave.groups))
+            yield from self._filled(saved)
+            return
+        stats = self._measure(wave, watch, team)
+        alone = team.size == 1
+        solved = self._solve(wave, stats, meter) if alone else self._filled(self._share(wave, stats, meter, team))
+        done = []
+        for made in solved:
+            done.append(made)
+            yield made
+        if journals is not None:
+            layers = {path: new for path, new, _ in done}
+            team.lead(lambda: journals[0].write(number, layers, [row for _, _, row in done]))
+
+    def _measure(self, wave: Wave, progress: Callable, team: Team) -> Observed:
+        """What a wave observes; calls that show NaN or infinity there are dropped, and all others replayed again."""
+        while self.calls is not None:
+            try:
+                return measure(self.module, wave, self.calls, self.seed, progress, team)
+            except Spoilt as error:
+                if len(error.bad) > self.calls.spare:
+                    raise
+                bad = {number: f"the input of layer {path}" for number, path in error.bad.items()}
+                self.calls = self.calls.without(bad)
+        return Observed({})
+
+    def _solve(self, wave: Wave, stats: Observed, meter: Any, mine: Callable = lambda shares: True) -> Iterator[tuple]:
+        """(path, packed layer, report row) of the wave's layers, those alone whose input is `mine`. What was observed goes after use."""
+        left = Counter(group.sites[0].shares for group in wave.groups)
+        for group in wave.groups:
+            shares = group.sites[0].shares
+            if mine(shares):
+                yield from self._solved(group, stats.get(shares, Stats()))
+            left[shares] -= 1
+            if not left[shares]:
+                stats.drop(shares)
+                n, k = group.sites[0].shape[:2]
+                if n * k > 1 << 21:  # not after each: pages given back cost time to get again
+                    _trim()
+            meter.update(1)
+
+    def _share(self, wave: Wave, stats: Observed, meter: Any, team: Team) -> dict[str, tuple[Layout, dict, dict]]:
+        """Layers as a journal holds them: this process refines those whose inputs it owns, and all get all."""
+        owner, mine = owners(wave, team.size), {}
+        for path, new, row in self._solve(wave, stats, meter, lambda shares: owner[shares] == team.rank):
+            mine[path] = (new.layout, {slot: t.cpu() for slot, t in new.canonical().items()}, row)
+        found = {path: layer for part in team.all(mine) for path, layer in part.items()}
+        return {site.path: found[site.path] for site in wave.sites}
 
     def _journal(self, folder: str | Path) -> Journal:
-        waves = [[site.path for site in wave.sites] for wave in self.waves]
+        waves = [[site.path for site in part.sites] for wave in self.waves for part in wave]
         return Journal.open(folder, self.name, self.module, self.recipe, self.calls, self.seed, waves)
 
-    def _solve(self, group: Group, stats: Stats) -> list[dict]:
+    def _solved(self, group: Group, stats: Stats) -> Iterator[tuple[str, Packed, dict]]:
         kind = next(self.module.get_submodule(group.sites[0].path).parameters()).device.type
         with torch.autocast(kind, enabled=False):  # methods compute in float32, whatever the caller's context
-            draft, error = solve(self.module, group, stats, self.seed)
-        made = []
-        for index, site in enumerate(group.sites):
+            solved = parts(self.module, group, stats, self.seed)
+        for site, (draft, index, error) in zip(group.sites, solved, strict=True):
             old: Any = self.module.get_submodule(site.path)
             new = packed_layer(draft, old, index)
-            why = self.recipe.resolve(site)[1]
+            why = self.recipe.resolve(site)[1] + self.starved.get(site.path, "")
             if draft.k_padded != site.shape[1]:
                 why += f"; K padded from {site.shape[1]} to {draft.k_padded}"
             row = {
                 **_facts(site),
-                "spec": str(group.spec),
+                "spec": str(draft.spec),
                 "why": why,
                 **error,
                 **_sizes(new, old),
                 "log": dict(draft.log),
             }
-            made.append(self._install(site.path, new, row))
-        return made
+            yield site.path, new, row
 
-    def _swap(self, path: str, layout: Any, slots: dict, row: dict) -> None:
-        """Puts a layer back that an earlier, interrupted run had finished."""
-        old: Any = self.module.get_submodule(path)
-        new = empty(old, layout, old.weight.dtype)
-        new.fill({name: t.to(old.weight.device) for name, t in slots.items()})
-        self._install(path, new, row)
+    def _filled(self, layers: dict[str, tuple[Layout, dict, dict]]) -> Iterator[tuple[str, Packed, dict]]:
+        """Layers that an earlier, interrupted run has finished, or another process."""
+        for path, (layout, slots, row) in layers.items():
+            old: Any = self.module.get_submodule(path)
+            new = empty(old, layout, old.weight.dtype)
+            new.fill({name: t.to(old.weight.device) for name, t in slots.items()})
+            yield path, new, row
 
     def _install(self, path: str, new: Packed, row: dict) -> dict:
         row["kernel"] = new.prepare()
@@ -305,7 +375,7 @@ class _Job:
         order = {path: i for i, (path, _) in enumerate(self.module.named_modules())}
         rows = sorted([*self.rows, *self.kept], key=lambda row: order[row["path"]])
         if self.outputs and self.calls is not None:
-            rows.append(_output_row(self.module, self.calls, self.outputs))
+            rows.append(_output_row(self.module, self.outputs, self.calls.dropped))
         return rows
 
 
@@ -330,11 +400,10 @@ def _calls(
     seed: int,
     bar: Callable,
     wanted: bool = False,
+    team: Team = ALONE,
 ) -> dict[str, CalibrationSet]:
     """Calibration calls of each denoiser; {} for recipes that need none and callers that give none, unless they are `wanted`."""
     bare = isinstance(pipe, nn.Module)
-    if prompts is not None and not len(prompts):
-        raise ValueError("calibration needs at least one prompt, found none; leave out `prompts` for the built-in set")
     if calibration is None and not (wanted or _needs(recipe)):
         return {}
     if bare and calibration is None:
@@ -344,7 +413,11 @@ def _calls(
         )
     if calibration is None or callable(getattr(calibration, "calls", None)):
         recorder = calibration or Recorder()
-        sets = recorder.calls(pipe, denoisers, prompts=prompts, call_kwargs=call_kwargs, seed=seed, progress=bar)
+        # other calibrators record everything in every process
+        options: dict[str, Any] = {"team": team} if isinstance(recorder, Recorder) else {}
+        sets = recorder.calls(
+            pipe, denoisers, prompts=prompts, call_kwargs=call_kwargs, seed=seed, progress=bar, **options
+        )
     elif isinstance(calibration, dict) and set(calibration) <= set(denoisers):
         sets = {name: as_calls(given) for name, given in calibration.items()}
     else:
@@ -354,8 +427,7 @@ def _calls(
             raise ValueError(
                 f"calibration never called the denoiser {name!r}; record calls that do, or skip it in the recipe"
             )
-        sets[name] = sets[name].hold_out()
-        sets[name].check()
+        sets[name] = sets[name].clean().hold_out()
     return sets
 
 
@@ -365,28 +437,26 @@ def _needs(recipe: Recipe) -> bool:
     return any(method.needs(probe_site) for spec in specs if spec for method in spec.methods)
 
 
-def _outputs(module: nn.Module, calls: CalibrationSet | None, at_most: int = 4) -> list[torch.Tensor]:
-    """The float model's outputs on a few held-out calls, to judge the whole by."""
-    with torch.no_grad():
-        return [_first(call.run(module)).float().cpu() for call in _judged(calls, at_most)]
-
-
-def _judged(calls: CalibrationSet | None, at_most: int) -> list:
+def _outputs(module: nn.Module, calls: CalibrationSet | None, at_most: int = 4) -> list[tuple[Call, torch.Tensor]]:
+    """A few held-out calls and the float model's outputs on them, to judge the whole by."""
     held = [call for call in calls.calls if call.moment.held] if calls else []
-    return held[:: max(1, len(held) // at_most)][:at_most]
+    some = held[:: max(1, len(held) // at_most)][:at_most]
+    with torch.no_grad():
+        made = [(call, _first(call.run(module)).float().cpu()) for call in some]
+    return [(call, want) for call, want in made if bool(torch.isfinite(want).all())]
 
 
-def _output_row(module: nn.Module, calls: CalibrationSet, wanted: list[torch.Tensor]) -> dict:
-    """How far the whole denoiser's output is from the float model's, on held-out calls."""
+def _output_row(module: nn.Module, wanted: list[tuple[Call, torch.Tensor]], dropped: tuple[str, ...]) -> dict:
+    """How far the whole denoiser's output is from the float model's, on held-out calls, and which calls were left out."""
     lost = energy = 0.0
     with torch.no_grad():
-        for call, want in zip(_judged(calls, len(wanted)), wanted, strict=True):
+        for call, want in wanted:
             lost += float((_first(call.run(module)).float().cpu() - want).square().sum())
             energy += float(want.square().sum())
     return {
         "path": "(output)",
         "kind": "denoiser",
-        "why": "whole denoiser, held-out calls",
+        "why": "; ".join(("whole denoiser, held-out calls", *(f"dropped: {line}" for line in dropped))),
         "sqnr_db": sqnr_db(lost / max(energy, 1e-30)),
     }
 

@@ -4,16 +4,17 @@ Each wave is one replay through the live model, whose earlier waves are quantize
 traced: a hook observes each distinct input once, and the replay stops after the last layer of the wave.
 """
 
-__all__ = ["Group", "Observed", "Traffic", "Wave", "measure", "plan", "solve"]
+__all__ = ["Group", "Observed", "Spoilt", "Traffic", "Wave", "measure", "owners", "parts", "passes", "plan", "solve"]
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgen.calibration.base import CalibrationSet
+from qgen.calibration.base import CalibrationSet, _map
 from qgen.calibration.moments import Moments, fine_edges
 from qgen.calibration.observers import AbsMax, Gram, Reservoir
 from qgen.errors import BadData
@@ -23,6 +24,7 @@ from qgen.nn.kinds import matrix, rows_of
 from qgen.probe import input_of
 from qgen.recipe import Spec
 from qgen.site import Draft, Site
+from qgen.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,22 @@ def plan(specs: Iterable[tuple[Site, Spec]], budget: int, traffic: Traffic = Tra
     return [*waves, Wave(tuple(current), _nbytes(current, traffic))] if current else waves
 
 
+def passes(wave: Wave, budget: int, traffic: Traffic = Traffic()) -> list[Wave]:
+    """The wave in parts, each with observers of at most `budget` bytes (those of a single input may exceed it).
+
+    Parts are observed one after another in the same model, so that it makes no difference how many there are.
+    """
+    inputs: dict[str, list[Group]] = {}
+    for group in wave.groups:
+        inputs.setdefault(group.sites[0].shares, []).append(group)
+    made: list[list[Group]] = [[]]
+    for groups in inputs.values():
+        if made[-1] and _nbytes([*made[-1], *groups], traffic) > budget:
+            made.append([])
+        made[-1] += groups
+    return [Wave(tuple(groups), _nbytes(groups, traffic)) for groups in made]
+
+
 def _groups(members: list[tuple[Site, Spec]]) -> list[Group]:
     """One group per site, or per shared input where the spec asks for sharing and kinds, specs and K agree."""
     groups: dict[object, list[tuple[Site, Spec]]] = {}
@@ -122,6 +140,17 @@ def _nbytes(groups: list[Group], traffic: Traffic) -> int:
     return sum(o.nbytes(widths[shares]) for shares, bank in _observers(groups, traffic).items() for o in bank.values())
 
 
+class Spoilt(BadData):
+    """An observed input held NaN or infinity. bad: by number of the call, the layer where it was first seen."""
+
+    def __init__(self, bad: dict[int, str], calls: CalibrationSet):
+        number, path = next(iter(bad.items()))
+        super().__init__(
+            f"layer {path}: its input holds NaN or infinity on calibration call {calls.calls[number].moment}; nothing was changed"
+        )
+        self.bad = bad
+
+
 class _Done(Exception):
     """Ends a replay after the last layer that a wave observes."""
 
@@ -152,8 +181,27 @@ class Observed(Mapping[str, Stats]):
             self._last = None
 
 
-def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, progress: Callable) -> Observed:
-    """Replays all calls and returns Stats by shared input. BadData if an observed input holds NaN or infinity."""
+def owners(wave: Wave, size: int) -> dict[str, int]:
+    """Which process of `size` refines the layers of each shared input: the costliest first, each to who has least to do."""
+    cost: dict[str, int] = {}
+    for site in wave.sites:
+        n, k = site.shape[:2]
+        cost[site.shares] = cost.get(site.shares, k**3) + n * k * k
+    load, made = [0] * size, {}
+    for shares in sorted(cost, key=lambda name: -cost[name]):
+        made[shares] = load.index(min(load))
+        load[made[shares]] += cost[shares]
+    return made
+
+
+def measure(
+    module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, progress: Callable, team: Team = ALONE
+) -> Observed:
+    """Replays all calls and returns Stats by shared input; of a team, each process replays its share and gets the inputs that it owns.
+
+    Spoilt, in all processes, if an observed input holds NaN or infinity, with all the calls where that is so. BadData if a layer is not
+    reached.
+    """
     observers = _observers(wave.groups, Traffic.of(module, calls), seed)
     if not observers:
         return Observed({})
@@ -162,18 +210,17 @@ def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, pro
         if site.shares in observers:
             first.setdefault(site.shares, site)
     last = max(site.order for site in first.values())
-    moment = None
+    spoilt: dict[int, str] = {}
 
     def hook(site: Site) -> Callable:
         def observe(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             rows = rows_of(input_of(args, kwargs), layer)
             rows = rows.detach().reshape(-1, rows.shape[-1])
             if not bool(torch.isfinite(rows).all()):
-                raise BadData(
-                    f"layer {site.path}: its input holds NaN or infinity on calibration call {moment}; nothing was changed"
-                )
+                spoilt[number] = site.path
+                raise _Done
             for observer in observers[site.shares].values():
-                observer.update(rows, moment)
+                observer.update(rows, call.moment)
             if site.order == last:
                 raise _Done
 
@@ -184,8 +231,7 @@ def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, pro
         for site in first.values()
     ]
     try:
-        for call in progress(calls.calls):
-            moment = call.moment
+        for number, call in progress(team.mine(list(enumerate(calls.calls)))):  # noqa: B007 (read by the hooks)
             try:
                 with torch.no_grad():
                     call.run(module)
@@ -194,10 +240,42 @@ def measure(module: nn.Module, wave: Wave, calls: CalibrationSet, seed: int, pro
     finally:
         for handle in hooks:
             handle.remove()
+    if bad := dict(sorted(pair for part in team.all(spoilt) for pair in part.items())):
+        raise Spoilt(bad, calls)
+    if team.size > 1:
+        observers = _merged(observers, owners(wave, team.size), team, module)
     missing = [first[s].path for s, bank in observers.items() if any(o.empty for o in bank.values())]
-    if missing:
+    if missing := [path for part in team.all(missing) for path in part]:
         raise BadData(f"no calibration call that may be fitted reaches layer {missing[0]}: record more calls")
     return Observed(observers)
+
+
+def _merged(banks: dict[str, dict], owner: dict[str, int], team: Team, module: nn.Module) -> dict[str, dict]:
+    """Of the inputs that this process owns, what all have observed. One bank of one process is on its way at a time."""
+    device = next(p.device for p in module.parameters())
+    here: Callable = lambda t: (t.cpu(), t.device.type != "cpu")  # noqa: E731  (a copy for the way, and whether it belongs on the device)
+    made = {}
+    for shares in list(banks):
+        bank = banks.pop(shares)
+        mine = owner[shares] == team.rank
+        sent = None if mine else {name: (type(o), _map(vars(o), here)) for name, o in bank.items()}
+        for other in team.collect(sent, owner[shares]):
+            for name, (kind, state) in other.items():
+                observer = kind.__new__(kind)
+                observer.__dict__.update(_unpacked(state, device))
+                bank[name].merge(observer)
+        if mine:
+            made[shares] = bank
+    return made
+
+
+def _unpacked(state: Any, device: torch.device) -> Any:
+    """An observer's state, its tensors where they belong."""
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor):
+        return state[0].to(device) if state[1] else state[0]
+    if isinstance(state, dict):
+        return {key: _unpacked(value, device) for key, value in state.items()}
+    return type(state)(_unpacked(value, device) for value in state) if isinstance(state, (list, tuple)) else state
 
 
 def _stats(bank: dict) -> Stats:
@@ -214,8 +292,44 @@ def _stats(bank: dict) -> Stats:
     )
 
 
+def parts(module: nn.Module, group: Group, stats: Stats, seed: int) -> list[tuple[Draft, int, dict]]:
+    """For each site of a group: the finished draft that holds it, its number there, and what the report says of it.
+
+    One draft holds them all, or, where they share smoothing alone, each has its own from the last method on that decides about inputs.
+    """
+    methods = group.spec.methods
+    first = max((i + 1 for i, m in enumerate(methods) if getattr(m, "of_inputs", False)), default=0)
+    if group.spec.share != "smoothing" or len(group.sites) == 1 or not first:
+        draft, error = solve(module, group, stats, seed)
+        return [(draft, index, error) for index in range(len(group.sites))]
+    draft, stats = _start(module, group, stats, seed)
+    draft = refine(draft, stats, methods[:first])
+    made = []
+    for index in range(len(group.sites)):
+        mine = replace(stats)  # a judge and a cache of its own
+        one = refine(_rows(draft, index), mine, methods[first:])
+        made.append((one, 0, _told(one, mine)))
+    return made
+
+
+def _rows(draft: Draft, index: int) -> Draft:
+    """The rows of one site of a draft, not rounded yet and without a branch."""
+    start = sum(site.shape[0] for site in draft.sites[:index])
+    rows = slice(start, start + draft.sites[index].shape[0])
+    clip = draft.clip[rows] if isinstance(draft.clip, Tensor) else draft.clip
+    bias = None if draft.bias is None else draft.bias[rows].clone()
+    empty = dict.fromkeys(("qweight", "down", "up", "bias_fix", "fixes"))
+    return replace(draft, sites=(draft.sites[index],), weight=draft.weight[rows].clone(), bias=bias, clip=clip, **empty)
+
+
 def solve(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Draft, dict]:
     """The finished draft of a group and what the report says of it."""
+    draft, stats = _start(module, group, stats, seed)
+    draft = refine(draft, stats)
+    return draft, _told(draft, stats)
+
+
+def _start(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Draft, Stats]:
     layers = [module.get_submodule(site.path) for site in group.sites]
     weight = torch.cat([matrix(layer).float() for layer in layers])
     given = [layer.bias for layer in layers]
@@ -237,16 +351,16 @@ def solve(module: nn.Module, group: Group, stats: Stats, seed: int) -> tuple[Dra
     )
     word = hashlib.sha256(f"{seed}/{group.sites[0].path}".encode()).digest()
     stats = replace(stats, seed=int.from_bytes(word[:6], "little"))
-    draft, stats = begin(draft, stats)
-    draft = refine(draft, stats)
+    return begin(draft, stats)
+
+
+def _told(draft: Draft, stats: Stats) -> dict:
     if stats.judge is None:
-        error = {"weight_sqnr_db": sqnr_db(_weight_error(draft))}
-    else:
-        error = {
-            "sqnr_db": sqnr_db(stats.judge.error(draft)),
-            "sqnr_fit_db": sqnr_db(fit_judge(stats, 256).error(draft)),
-        }
-    return draft, error
+        return {"weight_sqnr_db": sqnr_db(_weight_error(draft))}
+    return {
+        "sqnr_db": sqnr_db(stats.judge.error(draft)),
+        "sqnr_fit_db": sqnr_db(fit_judge(stats, 256).error(draft)),
+    }
 
 
 def _weight_error(draft: Draft) -> float:

@@ -174,11 +174,10 @@ def test_every_wave_is_in_the_journal_as_written(tmp_path):
     calls, kept = tiny.net_calls(4, 1).hold_out(), {}
     float_model = tiny.net(6)
     from qgen.probe import probe
-    from qgen.waves import plan
+    from qgen.waves import passes, plan
 
-    waves = [
-        [s.path for s in w.sites] for w in plan([(s, RECIPE.default) for s in probe(float_model, calls.calls[0])], 1)
-    ]
+    (wave,) = plan([(s, RECIPE.default) for s in probe(float_model, calls.calls[0])], 512 << 20)
+    waves = [[s.path for s in part.sites] for part in passes(wave, 1)]
     journal = Journal.open(tmp_path, "", float_model, RECIPE, calls, 0, waves)
     for number in range(len(waves)):
         for path, (layout, slots, row) in journal.read(number).items():

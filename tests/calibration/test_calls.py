@@ -1,7 +1,13 @@
 """Calls and sets of calls: what is held out, what is refused, digests, files."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from qgen.calibration.base import CalibrationSet, Call, Moment
@@ -119,6 +125,37 @@ def test_files_of_others_are_refused(tmp_path, content):
         load(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda h: h["calls"][0].update(kwargs=[1]), "a call is a list of arguments"),
+        (lambda h: h["calls"][0].update(args={"a": 1}), "a call is a list of arguments"),
+        (lambda h: h["calls"][0].update(args=[{"tensor": "t99"}]), "t99"),
+        (lambda h: h["calls"][0]["moment"].update(t="noon"), "t of a call is float, found 'noon'"),
+        (lambda h: h["calls"][0]["moment"].update(colour=1), "unexpected keyword argument 'colour'"),
+        (lambda h: h["calls"][0].update(output=3), "an output"),
+        (lambda h: h.update(calls=7), "not iterable"),
+        (lambda h: h.update(origin=[]), "its origin is no text"),
+        (lambda h: h.update(version=2), "recorded calls of version 2"),
+    ],
+)
+def test_tampered_files_are_refused(tmp_path, change, words):
+    path = tmp_path / "c.safetensors"
+    save(tiny.net_calls(2, 1), path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["qgen_calibration"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    change(header)
+    save_file(tensors, path, {"qgen_calibration": json.dumps(header)})
+    with pytest.raises(BadCheckpoint, match=words):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(BadCheckpoint, match=r"missing\.safetensors: not a file of recorded calls"):
+        load(tmp_path / "missing.safetensors")
+
+
 # -- recording ---------------------------------------------------------------------------------------------------------
 def recorded(pipe, **options):
     recorder = Recorder(**{"samples": 6, "steps": 2, "batch": 2, **options.pop("recorder", {})})
@@ -192,3 +229,46 @@ def test_hooks_are_gone_even_after_an_error():
 def test_a_bare_module_cannot_be_driven():
     with pytest.raises(ValueError, match=r"is no pipeline .* pass calibration=\[\.\.\.\]"):
         Recorder().calls(tiny.net(), {"": tiny.net()})
+
+
+# -- the verbs of a folder that has no __init__.py -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "first", ["qgen.calibration.recorder", "qgen.calibration.base", "qgen.calibration", "qgen.engine"]
+)
+def test_the_verbs_are_there_whatever_was_imported_first(first):
+    code = f"import {first}, qgen; c = qgen.calibration; print(c.record.__name__, c.save.__name__, c.load.__name__, hasattr(c, 'x'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["record", "save", "load", "False"], done.stderr
+
+
+# -- one bad call of many ------------------------------------------------------------------------------------------------
+def test_a_bad_call_of_ten_is_dropped_and_named(caplog):
+    calls = moments(5, 2)
+    calls.calls[3].args[0][0] = float("nan")
+    left = calls.clean()
+    assert len(left.calls) == 9 and calls.calls[3] not in left.calls
+    assert left.dropped == ("sample 1, step 1: argument args.0 holds NaN or infinity",)
+    assert "calibration call dropped: sample 1, step 1: argument args.0" in caplog.text
+    assert left.clean() is left and moments(5, 2).clean().dropped == ()
+
+
+def test_two_bad_calls_of_ten_are_no_accident():
+    calls = moments(5, 2)
+    for number in (3, 7):
+        calls.calls[number].args[0][0] = float("inf")
+    with pytest.raises(BadData, match=r"calibration call 3, argument args\.0: holds NaN"):
+        calls.clean()
+    once = moments(5, 2).without({0: "argument x"})
+    with pytest.raises(
+        BadData, match=r"2 of 10 calibration calls hold NaN or infinity, at most a tenth can be left out"
+    ):
+        once.without({0: "argument x"})
+
+
+@pytest.mark.parametrize(
+    "prompts, parameters, batch", [(1, 1e6, 1), (16, 1e6, 1), (64, 1e6, 6), (192, 1e6, 16), (192, 1e9, 1)]
+)
+def test_there_are_ten_runs_to_hold_out_of(prompts, parameters, batch):
+    from qgen.calibration.recorder import _batch
+
+    assert _batch(prompts, parameters) == batch
