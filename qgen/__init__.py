@@ -18,11 +18,23 @@ if (
 ):
     __path__.append(str(_here.parent))
 
-from qgen.demo import register as _register_demo  # noqa: E402 (after the path is complete)
+import qgen.calibration as _calibration  # noqa: E402 (after the path is complete)
+from qgen.demo import register as _register_demo  # noqa: E402
 from qgen.io.hub import install as _install  # noqa: E402
 
 _register_demo()
 _install()
+
+
+def _verb(name: str) -> Any:
+    """record, save and load of `qgen.calibration`, a folder without `__init__.py`, whichever of its modules was imported before."""
+    if name not in ("record", "save", "load"):
+        raise AttributeError(f"module 'qgen.calibration' has no attribute {name!r}")
+    importlib.import_module("qgen.engine")  # hangs them on the folder
+    return vars(_calibration)[name]
+
+
+_calibration.__getattr__ = _verb  # type: ignore[method-assign]
 
 if TYPE_CHECKING:
     from qgen import recipes as recipes
@@ -41,10 +53,12 @@ if TYPE_CHECKING:
     from qgen.recipe import Spec as Spec
     from qgen.show.report import report as report
     from qgen.show.summary import summary as summary
+    from qgen.train.finetune import finetune as finetune
 
 _PUBLIC = {
     "quantize": "qgen.engine",
     "prepare": "qgen.engine",
+    "finetune": "qgen.train.finetune",
     "save": "qgen.io.checkpoint",
     "load": "qgen.io.checkpoint",
     "export": "qgen.io.convert",
@@ -67,8 +81,6 @@ __all__ = [*_PUBLIC, "recipes"]
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    if name == "calibration":
-        importlib.import_module("qgen.engine")  # hangs record, save and load on the package
     if name in _MODULES:
         return importlib.import_module(f"qgen.{name}")
     if name == "__version__":

