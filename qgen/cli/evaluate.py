@@ -88,7 +88,7 @@ def evaluate(
         chosen = kinds.extractors_from(extractor)
         kinds.write(ctx, kinds.folders(model, reference, prompts, n, wanted, chosen, real, batch_size, seed), out)
     elif processes > 1:
-        kinds.relaunch(ctx, processes, device)
+        kinds.several(ctx, processes, device)
     else:
         draw = {"steps": steps, "seed": seed, "batch_size": batch_size}
         job = kinds.Job(model, reference, recipe, dtype, device, draw, out, ray, workers)

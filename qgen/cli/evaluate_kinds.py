@@ -2,8 +2,6 @@
 
 import functools
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import typer
 
-from qgen.cli.common import TYPED, load, note, own_prompts, read_recipe, typed
+from qgen.cli.common import TYPED, calibrates, load, note, own_prompts, read_recipe, typed
 
 SHOWN = 6  # pictures on the page
 
@@ -155,10 +153,10 @@ def scenes(model: str, reference: str | None, metrics: list[str], seed: int) -> 
 def words(
     model: str, reference: str | None, text: Path, n: int | None, recipe: str | None, dtype: str, device: str, seed: int
 ) -> Result:
-    """Scores a language model on a text file, a document per paragraph."""
+    """Scores a language model on a text file, a document per paragraph. A recipe that calibrates gets every other one to itself."""
     from transformers import AutoTokenizer
 
-    from qgen.eval.text import encode, evaluate_text
+    from qgen.eval.text import evaluate_text
 
     try:
         documents = [part.strip() for part in text.read_text(encoding="utf-8-sig").split("\n\n") if part.strip()][:n]
@@ -166,22 +164,28 @@ def words(
         raise ValueError(f"--text {text} cannot be read as UTF-8 text: {error}") from None
     if not documents:
         raise ValueError(f"--text {text} holds no text")
+    chosen = read_recipe(recipe, device) if recipe else None
+    fit = documents[::2] if chosen is not None and calibrates(chosen) else []
+    if fit and len(documents) < 2:
+        raise ValueError(
+            f"recipe {recipe} calibrates: --text {text} wants two paragraphs or more, one is for the score"
+        )
+    documents = documents[1::2] if fit else documents
     base = reference or (model if recipe else None)
     theirs = load(base, dtype, device) if base else None
     mine = load(model, dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    if recipe is not None:
-        from qgen.calibration.base import Call
+    if chosen is not None:
+        from qgen.calibration.texts import Texts
         from qgen.engine import quantize
 
-        calls = [Call((), {"input_ids": ids}) for ids in encode(tokenizer, documents, 256)]
-        quantize(mine, read_recipe(recipe, device), calibration=calls, progress=False)
+        quantize(mine, chosen, calibration=Texts(tokenizer, fit, 256) if fit else None, progress=False)
     found = evaluate_text(mine, tokenizer, documents, theirs, seed=seed)
     about = {
         "model": model,
         "reference": base or "none",
         "recipe": recipe or "as saved",
-        "text": f"{text.name}, {len(documents)} paragraphs",
+        "text": f"{text.name}, {len(documents)} paragraphs" + (f", calibrated on {len(fit)} others" if fit else ""),
     }
     return Result(found, about=about, model=mine if _quantized(mine) else None)
 
@@ -228,28 +232,13 @@ def is_picture_folder(name: str) -> bool:
     return folder.is_dir() and not any((folder / file).is_file() for file in ("model_index.json", "config.json"))
 
 
-def relaunch(ctx: typer.Context, processes: int, device: str) -> None:
-    """The same command in several processes, which share the drawing."""
-    args = list(ctx.meta.get(TYPED, []))
-    kept = [a for i, a in enumerate(args) if not (a.startswith("--processes") or (i and args[i - 1] == "--processes"))]
-    import torch
+def several(ctx: typer.Context, processes: int, device: str) -> None:
+    """The same command in several processes; ends with the exit code of the first that fails."""
+    from qgen.cli.processes import relaunch
 
-    cpu = ["--cpu"] if device == "cpu" or not torch.cuda.is_available() else []
-    launch = [
-        "--num_processes",
-        str(processes),
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    launch += ["--main_process_port", "0", *cpu, "--multi_gpu"] if not cpu else ["--main_process_port", "0", *cpu]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--module", "qgen", *kept]
-    code = subprocess.run(command).returncode
+    code = relaunch(ctx.meta.get(TYPED, []), processes, cpu=not _device(device).startswith("cuda"))
     if code:
-        raise typer.Exit(code)
+        raise typer.Exit(code if code > 0 else 128 - code)
 
 
 def _drawn(job: Job, which: str, name: str, pipe: Any, prompts: list[str]) -> Any:

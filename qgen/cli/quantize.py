@@ -1,7 +1,7 @@
 """`qgen quantize MODEL --recipe … --out …`: loads, quantizes, saves, and writes the report into the same folder."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,10 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder for the quantized model and report.html.")],
     recipe: Annotated[str, typer.Option(help="Name (see `qgen recipes`) or a recipe's .json file.")] = "auto",
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with one calibration prompt per line; default: a built-in set.")
+        Path | None,
+        typer.Option(
+            help="Text file with one calibration prompt, or text for a language model, per line; default: a built-in set."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibrate with at most so many prompts.")] = 128,
     keep: Annotated[int, typer.Option(min=1, help="Denoiser calls kept per prompt.")] = 8,
@@ -47,7 +50,18 @@ def quantize(
     from qgen.allocate import asked
     from qgen.calibration.recorder import Recorder
     from qgen.checks import parse_bytes
-    from qgen.cli.common import claim, device_of, load, note, own_prompts, read_prompts, read_recipe, typed
+    from qgen.cli.common import (
+        calibrates,
+        claim,
+        device_of,
+        load,
+        note,
+        own_prompts,
+        read_prompts,
+        read_recipe,
+        texts,
+        typed,
+    )
     from qgen.engine import quantize as run
     from qgen.io.checkpoint import save
     from qgen.show.report import report
@@ -68,12 +82,15 @@ def quantize(
     ctx.meta["qgen.resume"] = again
     pipe = load(model, dtype, device)
     given = given or own_prompts(pipe, "calibration")
-    specs = [chosen.default, *(rule.spec for rule in chosen.rules)]
-    calibrate = hasattr(pipe, "components") and (any(limits) or any(spec.methods for spec in specs if spec))
+    data: Any = None
+    if any(limits) or calibrates(chosen):
+        data = (
+            Recorder(samples, keep) if hasattr(pipe, "components") else texts(model, given, samples) if given else None
+        )
     note(f"quantizing {type(pipe).__name__} with {chosen.name}")
     run(
         pipe, chosen, prompts=given, call_kwargs={"num_inference_steps": steps} if steps else None, memory=memory, checkpoint=checkpoint,
-        calibration=Recorder(samples, keep) if calibrate else None, seed=seed, budget=limits[0], quality=limits[1],
+        calibration=data, seed=seed, budget=limits[0], quality=limits[1],
     )  # fmt: skip
     save(pipe, out)
     page = report(pipe, out / "report.html", commands=[typed(ctx)])

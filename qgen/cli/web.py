@@ -4,12 +4,11 @@ Only this computer reaches the page unless --listen, --host or --share is given.
 others.
 """
 
-__all__ = ["tools", "web", "work"]
+__all__ = ["web"]
 
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -55,10 +54,10 @@ def web(
     where = host or ("0.0.0.0" if listen else _LOCAL[0])
     private = where in _LOCAL and not share
     roots = tuple(root) if root else (Path.cwd(),) if private else ()
-    settings = Settings(work_folder or cache(), roots, private if hub is None else hub, (waiting, 8))
+    settings = Settings(work_folder or cache(), roots, private if hub is None else hub, (waiting, 8), device=device)
     users = pairs([*(auth or []), *filter(None, [os.environ.get(AUTH)])])
     note("loading the shipped model")
-    page, desk, address = serve(settings, tools(device), host=where, port=port, share=share, auth=users, block=False)
+    page, desk, address = serve(settings, host=where, port=port, share=share, auth=users, block=False)
     note(f"path fields reach: {desk.roots.said()}")
     if not private and not users:
         note("anybody who reaches this address may use the page; --auth user:password asks for a password")
@@ -67,24 +66,6 @@ def web(
         page.block_thread()
     finally:
         stop(page, desk)
-
-
-def tools(device: str = "auto") -> Any:
-    """What the page takes from the command line's side: how models are opened, how headers are read, how a worker starts."""
-    from qgen.cli.common import device_of, load
-    from qgen.cli.inspect import read, read_peer
-    from qgen.web.models import Tools
-
-    device_of(device)
-    command = (sys.executable, "-c", f"import sys; from qgen.cli.web import work; work(sys.argv[1], {device!r})")
-    return Tools(lambda model: load(model, device=device), read, read_peer, command)
-
-
-def work(folder: str, device: str = "auto") -> None:
-    """The main function of a worker process: does the job of a folder."""
-    from qgen.web.worker import work as run
-
-    run(folder, tools(device))
 
 
 def pairs(texts: list[str]) -> list[tuple[str, str]] | None:

@@ -5,13 +5,13 @@ After the first token that differs both continue from different texts, and later
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qgen.eval.perplexity import _device
+from qgen.nn.cache_name import cache_name, cache_of
 
 __all__ = ["greedy", "match"]
 
@@ -20,11 +20,10 @@ __all__ = ["greedy", "match"]
 def greedy(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
     """(new_tokens,) most likely tokens after ids (1, M), through the model's own cache; never stops early."""
     step, cache, found = ids.to(_device(model)), None, []
-    # transformers is renaming the argument; what a model calls it today, its own signature says.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = cache_name(model)
     for _ in range(new_tokens):
         out = model(input_ids=step, use_cache=True, **{name: cache})
-        cache = out.past_key_values
+        cache = cache_of(out)
         step = out.logits[:, -1:].argmax(-1)
         found.append(step.flatten())
     return torch.cat(found).cpu()

@@ -55,14 +55,18 @@ def _kernel_instead(kid: Callable[[Any], Measured], shots: Any, fid: Measured) -
 
 def _row(name: str, found: Measured, n: int, seed: int) -> Score:
     value, low, high, reference = found.value, found.low, found.high, found.reference_value
-    change = None
+    change = found.change
+    if change is not None and reference is None:
+        reference = value - change.mean
     if found.per_prompt is not None:
         mean = bootstrap_mean(found.per_prompt, seed=seed)
         value, low, high, n = mean.mean, mean.low, mean.high, mean.n
         if found.reference_per_prompt is not None:
             reference = float(found.reference_per_prompt.double().mean())
             change = bootstrap_difference(found.per_prompt, found.reference_per_prompt, seed=seed)
-    difference = change.mean if change else value - reference if reference is not None else None
+    difference = None if reference is None else value - reference
+    if found.reference_per_prompt is not None:
+        difference = change.mean  # of pairs; the difference of two infinite means is none
     network = found.extractor
     return Score(
         metric=name,

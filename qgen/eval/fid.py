@@ -13,14 +13,19 @@ https://doi.org/10.1016/0047-259X(82)90077-X
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from qgen.eval.exchange import LEAST, excess
 from qgen.eval.metrics import Measured, Shots, metrics, needs
 
 __all__ = ["frechet_distance"]
 
 FEW = 2048  # as many pictures as InceptionV3 has features: below, its covariance has no full rank
+# Deals of the pictures for the difference from chance: fewer where a distance takes long, none where it takes minutes.
+MANY, DEALS, MOST = 512, 199, 2 * FEW
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -47,11 +52,32 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 def score_fid(shots: Shots) -> Measured:
     extractor = shots.extractor_for("fid")
     mine, theirs, against = shots.feature_pair(extractor, "fid")
-    value = frechet_distance(mine, theirs)
     n, K = min(len(mine), len(theirs)), mine.shape[1]
+    beside = _beside(shots, extractor, mine, theirs) if shots.real is not None else {}
     label, why = extractor.labels["fid"], few(n, K)
-    note = "; ".join([against, *why])
-    return Measured(label, "", "lower", value, extractor=extractor, note=note, flagged=bool(why))
+    note = "; ".join([against, *why, *beside.pop("said", ())])
+    value = frechet_distance(mine, theirs)
+    return Measured(label, "", "lower", value, extractor=extractor, note=note, flagged=bool(why), **beside)
+
+
+def _beside(shots: Shots, extractor: Any, mine: Tensor, real: Tensor) -> dict[str, Any]:
+    """A reference and the difference from it. Of many pictures the difference has no interval, whose deals would take minutes."""
+    theirs = None if shots.reference is None else shots.features_of("reference", extractor)
+    both = len(mine) + len(real)
+    draws = DEALS if both <= MANY else LEAST
+    if theirs is not None:
+        found: dict[str, Any] = {"reference_value": frechet_distance(theirs, real)}
+        if both <= MOST:
+            apart = lambda a, b: frechet_distance(a, real) - frechet_distance(b, real)  # noqa: E731
+            found["change"] = excess(apart, mine, theirs, paired=True, draws=draws)[1]
+            found["said"] = (f"difference by {draws} swaps of pictures of one prompt",)
+        return found
+    if both > MOST:
+        return {}
+    return {
+        "change": excess(frechet_distance, mine, real, draws=draws)[1],
+        "said": (f"reference: mean of {draws} random deals of all pictures",),
+    }
 
 
 def few(n: int, K: int) -> list[str]:

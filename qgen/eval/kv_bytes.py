@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qgen.eval.perplexity import _device
+from qgen.nn.cache_name import cache_of
 
 __all__ = ["cache_bytes", "kv_bytes"]
 
@@ -20,7 +21,7 @@ __all__ = ["cache_bytes", "kv_bytes"]
 @torch.inference_mode()
 def kv_bytes(model: Any, ids: Tensor) -> int:
     """Bytes after the model has read ids (1, M)."""
-    return cache_bytes(model(input_ids=ids.to(_device(model)), use_cache=True).past_key_values)
+    return cache_bytes(cache_of(model(input_ids=ids.to(_device(model)), use_cache=True)))
 
 
 def cache_bytes(cache: Any) -> int:

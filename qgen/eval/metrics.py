@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgen.eval.bootstrap import Interval
 from qgen.eval.extractors import Choice, find_extractor, load_features
 from qgen.eval.images import batches, load_folder
 from qgen.registry import Registry
@@ -27,7 +28,8 @@ class Measured:
     """What one metric found: a value per prompt, or one value for the whole set with its interval if it has one.
 
     Metrics that judge each picture by itself also say what the reference's pictures get, in reference_per_prompt (or
-    reference_value): the paired difference is then computed from both. flagged: too few samples to be trusted.
+    reference_value): the paired difference is then computed from both. change: the difference from the reference, of
+    metrics that find it in another way. flagged: too few samples to be trusted.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Measured:
     note: str = ""
     reference_value: float | None = None
     reference_per_prompt: Tensor | None = None
+    change: Interval | None = None
     flagged: bool = False
 
 
@@ -110,15 +113,16 @@ class Shots:
     def feature_pair(self, extractor: Any, metric: str) -> tuple[Tensor, Tensor, str]:
         """Features of the pictures (n, K), of what they are compared with (m, K), and words that say what that was."""
         self.need_set(metric)
-        mine = self._features("pictures", self.pictures, extractor)
+        mine = self.features_of("pictures", extractor)
         if self.real is not None:
-            return mine, self._features("real", self.real, extractor), "against real pictures"
-        return mine, self._features("reference", self.reference, extractor), "against the reference's pictures"
+            return mine, self.features_of("real", extractor), "against real pictures"
+        return mine, self.features_of("reference", extractor), "against the reference's pictures"
 
-    def _features(self, which: str, pictures: Any, extractor: Any) -> Tensor:
+    def features_of(self, which: str, extractor: Any) -> Tensor:
+        """Features (n, K) of "pictures", "reference" or "real", computed once."""
         key = (which, id(extractor))
         if key not in self._loaded:
-            self._loaded[key] = self._compute(pictures, extractor)
+            self._loaded[key] = self._compute(getattr(self, which), extractor)
         return self._loaded[key]
 
     def _compute(self, pictures: Any, extractor: Any) -> Tensor:

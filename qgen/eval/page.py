@@ -90,15 +90,15 @@ def _tables(named: Mapping[str, Scores]) -> Markup:
     made = []
     for name, found in named.items():
         rows = [_cells(row) for row in found.rows]
-        head = ("metric", "value", "reference", "paired difference", "samples", "network and hash", "note")
+        head = ("metric", "value", "reference", "difference", "samples", "network and hash", "note")
         kept = [i for i in range(len(head)) if i < 2 or any(cells[i] for cells in rows)]
         numbers = [k for k, i in enumerate(kept) if i in (1, 2, 3, 4)]
         body = table([head[i] for i in kept], [[cells[i] for i in kept] for cells in rows], numbers)
         made += [tag("h3", name) if name else Markup(""), body]
     about = (
-        "Mean over samples, and under it the 95 % bootstrap interval. The paired difference is model minus reference on the same "
-        "prompts; an interval that leaves out zero is a real difference. Values in brackets rest on too few samples. Numbers by "
-        "different networks are never comparable."
+        "Mean over samples, and under it the 95 % bootstrap interval. The difference is model minus reference on the same prompts, for "
+        "Fréchet distances value minus chance; an interval that leaves out zero is a real difference. Values in brackets rest on too "
+        "few samples. Numbers by different networks are never comparable."
     )
     return section("Scores", *made, about=about)
 

@@ -21,9 +21,12 @@ from typing import Any
 
 from qgen.errors import unknown
 
-__all__ = ["PromptSet", "load_prompts", "prompt_file"]
+__all__ = ["COPIES", "PromptSet", "load_prompts", "prompt_file"]
 
 COLUMNS = ("prompt", "caption", "text")
+# What the sets' own pages say. MJHQ-30K's card names no licence; COCO's terms speak of its annotations, not of its pictures.
+_NONE_STATED = "none stated, see https://huggingface.co/datasets/playgroundai/MJHQ-30K"
+_PARTI = "Apache-2.0, says https://huggingface.co/datasets/nateraw/parti-prompts"
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,12 @@ def load_prompts(source: str | Path, n: int | None = None) -> PromptSet:
     kind, _, where = str(source).partition(":")
     if str(source) in _BUILT_IN:
         found = _BUILT_IN[str(source)]()
-    elif where and kind in _COPIES:
-        found = _COPIES[kind](Path(where))
+    elif where and kind in COPIES:
+        found = COPIES[kind](Path(where))
     elif Path(source).is_file():
         found = prompt_file(Path(source))
     else:
-        known = [*_BUILT_IN, *(f"{name}:/path" for name in _COPIES)]
+        known = [*_BUILT_IN, *(f"{name}:/path" for name in COPIES)]
         raise ValueError(
             f"{unknown('prompt set', str(source)[:80], known)}, or a .txt, .json, .jsonl, .csv or .tsv file"
         )
@@ -99,7 +102,7 @@ def _mjhq(path: Path) -> PromptSet:
     if not isinstance(data, dict):
         raise ValueError(f"{file}: an object of {{id: {{prompt, category}}}} wanted, found {type(data).__name__}")
     prompts = tuple(_pick(data[key], file) for key in sorted(data))
-    return PromptSet("MJHQ-30K", "CC-BY-NC-4.0 or as its copy says: check before publishing prompts", prompts)
+    return PromptSet("MJHQ-30K", _NONE_STATED, prompts)
 
 
 def _coco(path: Path) -> PromptSet:
@@ -115,16 +118,17 @@ def _coco(path: Path) -> PromptSet:
                 first[image] = (number, caption)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{file}: COCO's annotations with image_id, id and caption wanted") from None
-    return PromptSet(f"COCO ({file.stem})", "CC-BY-4.0 (captions)", tuple(first[image][1] for image in sorted(first)))
+    prompts = tuple(first[image][1] for image in sorted(first))
+    return PromptSet(f"COCO ({file.stem})", "captions CC-BY-4.0, https://cocodataset.org/#termsofuse", prompts)
 
 
 def _parti(path: Path) -> PromptSet:
     file = _inside(path, "PartiPrompts.tsv")
-    return PromptSet("PartiPrompts (P2)", "Apache-2.0", tuple(_from_table(_text(file), "\t", file)))
+    return PromptSet("PartiPrompts (P2)", _PARTI, tuple(_from_table(_text(file), "\t", file)))
 
 
 _BUILT_IN: dict[str, Callable[[], PromptSet]] = {"builtin": _builtin, "demo": _demo}
-_COPIES: dict[str, Callable[[Path], PromptSet]] = {"mjhq": _mjhq, "coco": _coco, "parti": _parti}
+COPIES: dict[str, Callable[[Path], PromptSet]] = {"mjhq": _mjhq, "coco": _coco, "parti": _parti}
 
 
 def _inside(path: Path, *names: str) -> Path:

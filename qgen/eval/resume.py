@@ -2,7 +2,7 @@
 
     qgen.eval.generate_into("pictures", pipe, prompts)            # run it again after a crash: finished pictures stay
 
-Prompts are cut into batches in their order, whatever is finished already. Under `accelerate launch` with c processes, process r
+Prompts are cut into batches in their order, whatever is finished already. Of c processes that accelerate knows of, process r
 draws batches r, r + c, r + 2c, … on its own device; then all wait for each other, and each may read the whole set.
 """
 
@@ -38,7 +38,7 @@ class Share:
 
 
 def my_share() -> Share:
-    """This process's share: of one, or of as many as `accelerate launch` (or torchrun) started."""
+    """This process's share: of one, or of as many as `accelerate launch`, torchrun or `qgen eval --processes` started."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return Share()
     from datetime import timedelta
@@ -46,7 +46,8 @@ def my_share() -> Share:
     from accelerate import PartialState
 
     # Processes finish far apart: the usual ten minutes at a barrier would end a long evaluation.
-    state = PartialState(timeout=timedelta(days=7))
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     return Share(state.process_index, state.num_processes, state.wait_for_everyone)
 
 

@@ -23,7 +23,8 @@ class Score:
     and its weights.
 
     reference is what the 16-bit model's own samples get, for metrics that judge each by itself; difference is the mean
-    of value - reference over pairs, with its paired interval. flagged: too few samples, the note says what to read.
+    of value - reference over pairs, with its paired interval. Of a Fréchet distance without such pictures the reference is
+    what chance gives sets as small, and the difference what is beyond it. flagged: too few samples, the note says what to read.
     """
 
     metric: str
@@ -81,7 +82,7 @@ class Scores:
             "value",
             "95 % interval",
             "reference",
-            "paired difference",
+            "difference",
             "n",
             "network",
             "note",

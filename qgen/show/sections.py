@@ -47,21 +47,31 @@ def pictures(pairs: Sequence[tuple[str, Any, Any]]) -> Markup:
 
 
 def scores(named: Mapping[str, Any]) -> Markup:
-    """One row per metric, one column per model."""
+    """One row per metric and network, one column per model: numbers by different networks or weights never share a row."""
     fullest = sorted(named.values(), key=lambda found: -len(found.rows))  # its order of metrics is the table's
-    kinds = list(dict.fromkeys(row.metric for found in fullest for row in found.rows))
+    order = list(dict.fromkeys(row.metric for found in fullest for row in found.rows))
+    kinds = list(dict.fromkeys(_kind(row) for found in fullest for row in found.rows))
     rows = []
-    for metric in kinds:
-        found = {name: next((row for row in s.rows if row.metric == metric), None) for name, s in named.items()}
-        first = next(row for row in found.values() if row)
+    for kind in sorted(kinds, key=lambda kind: order.index(kind[0])):
+        found = {name: next((row for row in s.rows if _kind(row) == kind), None) for name, s in named.items()}
+        here = [row for row in found.values() if row]
+        first = here[0]
         network = f"{first.extractor} {first.digest or ''}".strip() if first.extractor else ""
         label = f"{first.label}{f' ({first.unit})' if first.unit else ''}, {first.better} is better"
+        counts = " / ".join(dict.fromkeys(str(row.n) for row in here))
         rows.append(
-            (label, *(_score(row) for row in found.values()), first.n, "; ".join(filter(None, (network, first.note))))
+            (label, *(_score(row) for row in found.values()), counts, "; ".join(filter(None, (network, first.note))))
         )
     head = ("metric", *(name or "value" for name in named), "pictures", "network and note")
     about = "Mean over pictures, and under it the 95 % interval of that mean where there is one."
+    if len(kinds) > len(order):
+        about += " A metric measured by several networks has a row for each: such rows cannot be compared."
     return section("Scores", table(head, rows, range(1, len(named) + 2)) if rows else Markup(""), about=about)
+
+
+def _kind(row: Any) -> tuple:
+    """What two rows must share to be compared."""
+    return row.metric, row.label, row.extractor, row.digest
 
 
 def _score(row: Any) -> Markup:

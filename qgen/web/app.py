@@ -19,8 +19,9 @@ from qgen.web import evaluate, gallery, generate, inspect, markup, quantize, sty
 from qgen.web.desk import KEPT, Desk, Tab
 from qgen.web.errors import told
 from qgen.web.jobs import OPEN, Jobs
-from qgen.web.models import BEST, QUICK, Models, Tools
+from qgen.web.models import BEST, QUICK, Models
 from qgen.web.roots import Roots
+from qgen.web.worker import command
 
 log = logging.getLogger("qgen")
 
@@ -36,7 +37,7 @@ class Settings:
     """work: folder for jobs and the calibrated shipped model. roots: folders that path fields may reach, beside work's own results.
 
     hub: whether models may be fetched. waiting: jobs that may wait to draw, and heavy ones. prepare: calibrate the shipped model in the
-    background.
+    background. device: where models run, as `qgen.named.device_of` has it. worker: another program than `qgen.web.worker` for heavy jobs.
     """
 
     work: Path
@@ -44,9 +45,11 @@ class Settings:
     hub: bool = False
     waiting: tuple[int, int] = (64, 8)
     prepare: bool = True
+    device: str = "auto"
+    worker: tuple[str, ...] = ()
 
 
-def build(settings: Settings, tools: Tools) -> tuple[Any, Desk]:
+def build(settings: Settings) -> tuple[Any, Desk]:
     """The page, a `gr.Blocks` that is not launched yet, and the desk behind it. The shipped pair is loaded before this returns."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -54,7 +57,7 @@ def build(settings: Settings, tools: Tools) -> tuple[Any, Desk]:
     work = settings.work.resolve()
     (work / "saved").mkdir(parents=True, exist_ok=True)
     jobs = Jobs(work / "jobs", {"draw": settings.waiting[0], "heavy": settings.waiting[1]})
-    models = Models(tools, jobs, work)
+    models = Models(jobs, work, settings.device, settings.worker or command(settings.device))
     desk = Desk(jobs, models, Roots((work / "saved", *settings.roots), settings.hub))
     for _, name in models.choices():
         models.pair(models.source(name))
@@ -87,9 +90,11 @@ def _wire(page: Any, desk: Desk, mine: Any, note: Any, tabs: dict[str, Tab]) -> 
         choices = desk.models.choices(known)
         return [gr.Dropdown(choices=choices) for _ in desk.lists]
 
-    def first(known: list) -> list:
+    def first(known: list, *ids: str) -> list:
         choices = desk.models.choices(known)
-        return [gr.Dropdown(choices=choices, value=choices[0][1]) for _ in desk.lists]
+        names = {name for _, name in choices}
+        wanted = [desk.chosen(job_id) for job_id in ids]
+        return [gr.Dropdown(choices=choices, value=one if one in names else choices[0][1]) for one in wanted]
 
     def tick(known: list) -> list:
         return [_preparing(desk.models), gr.Timer(active=_busy(desk.models)), *lists(known)]
@@ -99,7 +104,7 @@ def _wire(page: Any, desk: Desk, mine: Any, note: Any, tabs: dict[str, Tab]) -> 
     quantized = tabs["quantize"]
     quantized.job_id.change(remember, [mine, quantized.job_id], mine, **quiet)
     quantized.ran.then(lists, mine, desk.lists, **quiet)
-    page.load(first, mine, desk.lists, **quiet)
+    page.load(first, [mine, *desk.homes], desk.lists, **quiet)
     for tab in tabs.values():
         for handler, source, outputs in tab.back:
             shown = page.load(handler, source, outputs, **quiet)
@@ -159,7 +164,6 @@ def _preparing(models: Models) -> str:
 
 def serve(
     settings: Settings,
-    tools: Tools,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -169,7 +173,7 @@ def serve(
 ) -> tuple[Any, Desk, str]:
     """Builds the page and serves it; returns page, desk and address. block: returns only when the server is stopped."""
     os.environ.setdefault("GRADIO_TEMP_DIR", str(settings.work.resolve() / "gradio"))
-    page, desk = build(settings, tools)
+    page, desk = build(settings)
     page.queue(max_size=4 * sum(settings.waiting), default_concurrency_limit=16, status_update_rate=10)
     try:
         _, address, _ = page.launch(

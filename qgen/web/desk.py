@@ -19,16 +19,17 @@ KEPT = 20  # of a visitor's jobs, those that the browser remembers
 
 @dataclass
 class Desk:
-    """lists: the fields in which a visitor chooses a pair; they are filled anew when there is another one."""
+    """lists: the fields in which a visitor chooses a pair, filled anew when there is another one; homes: the job ids of their tabs."""
 
     jobs: Jobs
     models: Models
     roots: Roots
     lists: list = field(default_factory=list)
+    homes: list = field(default_factory=list)
 
     def heavy(self, kind: str, asked: dict[str, Any]) -> Job:
         """A job in a process of its own."""
-        return self.jobs.submit("heavy", kind, asked, lambda job: run_in_child(job, list(self.models.tools.worker)))
+        return self.jobs.submit("heavy", kind, asked, lambda job: run_in_child(job, list(self.models.worker)))
 
     async def follow(self, job: Job, shown: Callable[[Job], tuple]) -> AsyncIterator[tuple]:
         """(id, status, *shown(job)) for every change; a failed job ends in its error, as a toast."""
@@ -37,7 +38,7 @@ class Desk:
         if job.state == "failed":
             raise QgenError(job.error)
 
-    def model_list(self, elem_id: str) -> Any:
+    def model_list(self, elem_id: str, job_id: Any) -> Any:
         """A field for a pair. What is not in the list may be typed: the id of a job made elsewhere."""
         import gradio as gr
 
@@ -46,6 +47,7 @@ class Desk:
             elem_id=elem_id, info="The 16-bit model it was made from is its partner.",
         )  # fmt: skip
         self.lists.append(found)
+        self.homes.append(job_id)
         return found
 
     def cancel_button(self, elem_id: str, job_id: Any) -> Any:
@@ -93,7 +95,13 @@ class Desk:
         import gradio as gr
 
         job = self.jobs.get(job_id)
-        return [gr.skip() if job is None or job.asked.get(name) is None else job.asked[name] for name in names]
+        said = {} if job is None else job.asked.get("typed") or job.asked
+        return [gr.skip() if said.get(name) is None else said[name] for name in names]
+
+    def chosen(self, job_id: str) -> str:
+        """The pair that the job of a tab was about; "" if there is no such job."""
+        job = self.jobs.get(job_id)
+        return "" if job is None else str((job.asked.get("typed") or job.asked).get("model") or "")
 
 
 @dataclass(frozen=True)

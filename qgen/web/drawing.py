@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from qgen.eval.images import as_images
 from qgen.show.pictures import difference, enlarge, pixels
 from qgen.web.jobs import Job
 from qgen.web.models import Pair
@@ -95,7 +96,8 @@ def _draw(pair: Pair, job: Job, which: str, seed: int, before: str = "") -> tupl
     images = getattr(found, "images", None)
     if images is None or len(images) == 0:
         raise ValueError(f"{type(pipe).__name__} draws no still picture, so there is nothing to lay side by side")
-    return pixels(images[0]), seconds, torch.cuda.max_memory_allocated() if gpu else None
+    picture = as_images(images[:1], f"the pictures at {'16' if which == 'before' else '4'} bits")[0]
+    return pixels(picture), seconds, torch.cuda.max_memory_allocated() if gpu else None
 
 
 @contextlib.contextmanager
@@ -122,7 +124,7 @@ def _options(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
         "prompt": asked["prompt"],
         "num_inference_steps": asked["steps"],
         "guidance_scale": asked["guidance"],
-        "output_type": "pil",
+        "output_type": "np",  # a picture of whole numbers would hide NaN as black
     }
     for side in ("width", "height"):
         if asked.get(side):

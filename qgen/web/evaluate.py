@@ -2,8 +2,10 @@
 
 __all__ = ["build"]
 
+import asyncio
 from collections.abc import AsyncIterator
 
+from qgen.eval.prompt_sets import PromptSet, load_prompts
 from qgen.web import markup
 from qgen.web.desk import Desk, Tab, identity
 from qgen.web.errors import told, whole
@@ -13,9 +15,11 @@ from qgen.web.quantize import lines, read_prompts
 
 SETS = (
     ("Held-out prompts of the shipped model", "held_out"),
+    ("128 captions of any kind", "builtin"),
     ("My own, below", "text"),
     ("A file on the server", "file"),
 )
+FIELDS = ("model", "prompt_set", "text", "file", "n", "metrics", "steps", "seed", "networks", "real")
 _DEFAULT = ("psnr", "ssim", "lpips", "fid", "clip")
 _MAX = 512
 
@@ -63,8 +67,8 @@ def build(desk: Desk) -> Tab:
         networks: str,
         real: str,
     ) -> AsyncIterator[tuple]:
-        """Scores a 4-bit model against its 16-bit partner, in a process of its own. prompt_set: held_out, text or file. Returns the
-        job's id, its state, the table and plots as HTML, the worst pairs, and files."""
+        """Scores a 4-bit model against its 16-bit partner, in a process of its own. prompt_set: held_out, builtin, text or file. Returns
+        the job's id, its state, the table and plots as HTML, the worst pairs, and files."""
         source = desk.models.source(model)
         for name in metrics:
             known[name]  # an unknown name is an error now
@@ -72,11 +76,15 @@ def build(desk: Desk) -> Tab:
             raise ValueError("choose at least one metric")
         if networks not in ("auto", "small", "real"):
             raise ValueError(f"networks must be auto, small or real, found {str(networks)[:40]!r}")
+        typed = (model, prompt_set, text, file, n, metrics, steps, seed, networks, real)
+        prompts = await asyncio.to_thread(_prompts, desk, prompt_set, text, file)
         asked = {
             "base": source.base, "folder": str(source.folder) if source.folder else None, "recipe": source.recipe, "label": source.label,
-            "prompts": _prompts(desk, prompt_set, text, file)[: whole(n, 1, _MAX, "the number of prompts")], "metrics": list(metrics),
+            "prompts": list(prompts.prompts)[: whole(n, 1, _MAX, "the number of prompts")], "metrics": list(metrics),
+            "set": prompt_set, "set_name": prompts.name, "licence": prompts.licence,
             "steps": whole(steps or 0, 0, 100, "the number of steps") or None, "seed": whole(seed or 0, 0, 2**31 - 1, "the seed"),
-            "extractor": networks, "real": str(desk.roots.existing(real)) if str(real or "").strip() else None, "n": int(n),
+            "extractor": networks, "real": str(desk.roots.existing(real)) if str(real or "").strip() else None,
+            "typed": dict(zip(FIELDS, typed, strict=True)),
         }  # fmt: skip
         async for values in desk.follow(desk.heavy("evaluate", asked), shown):
             yield values
@@ -85,7 +93,7 @@ def build(desk: Desk) -> Tab:
     names = [name for name, _ in known.items()]
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
-            model = desk.model_list("evaluate-model")
+            model = desk.model_list("evaluate-model", job_id)
             with gr.Row():
                 n = gr.Slider(1, _MAX, 16, step=1, label="Prompts", elem_id="evaluate-n", min_width=150)
                 steps = gr.Number(
@@ -106,8 +114,9 @@ def build(desk: Desk) -> Tab:
             text = gr.Textbox(label="My prompts, one a line", lines=3, elem_id="evaluate-text", min_width=260)
             with gr.Column(min_width=260):
                 file = gr.Textbox(
-                    label="File of prompts, one a line", info="Inside the allowed folders", elem_id="evaluate-file"
-                )
+                    label="File of prompts", elem_id="evaluate-file",
+                    info="Inside the allowed folders: .txt, .json, .jsonl, .csv, .tsv; or a benchmark's copy as mjhq:, coco: or parti:path",
+                )  # fmt: skip
                 real = gr.Textbox(
                     label="Real pictures for FID and KID", info="A folder of pictures, or a features file. Empty: the 16-bit pictures.",
                     elem_id="evaluate-real",
@@ -127,7 +136,7 @@ def build(desk: Desk) -> Tab:
         label="CSV, JSON and a printable page", file_count="multiple", interactive=False, elem_id="evaluate-files"
     )
     worst = gr.Gallery(
-        label="Worst pairs: 16 bits | 4 bits | difference × 4", format="png", columns=2, object_fit="contain", height="auto",
+        label="Worst pairs: 16 | 4 bits | difference × 4", format="png", columns=2, object_fit="contain", height="auto",
         elem_id="worst", elem_classes=["pixel", "triples"], preview=False,
     )  # fmt: skip
     plots = gr.HTML(padding=False, elem_id="plots")
@@ -137,19 +146,18 @@ def build(desk: Desk) -> Tab:
         told(evaluate), inputs, outputs, api_name="evaluate", concurrency_limit=None, show_progress="hidden"
     )
     back = [
-        (lambda name: desk.asked(name, ("n", "metrics", "seed")), job_id, [n, metrics, seed]),
+        (lambda name: desk.asked(name, FIELDS[1:]), job_id, inputs[1:]),
         (desk.resume(shown, len(outputs)), job_id, outputs),
     ]
     return Tab(job_id, ran, back)
 
 
-def _prompts(desk: Desk, which: str, text: str, file: str) -> list[str]:
-    from qgen.demo import demo_prompts
-
+def _prompts(desk: Desk, which: str, text: str, file: str) -> PromptSet:
     if which == "text":
-        return lines(text)
+        return PromptSet("the visitor's own", "as their owner says", tuple(lines(text)))
     if which == "file":
         return read_prompts(desk.roots, file)
-    if which != "held_out":
-        raise ValueError(f"the prompt set must be held_out, text or file, found {str(which)[:40]!r}")
-    return demo_prompts("held_out")
+    names = {"held_out": "demo", "builtin": "builtin"}
+    if which not in names:
+        raise ValueError(f"the prompt set must be held_out, builtin, text or file, found {str(which)[:40]!r}")
+    return load_prompts(names[which])

@@ -45,7 +45,7 @@ def build(desk: Desk) -> Tab:
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             prompt = gr.Textbox(label="Prompt", value="noto owl", elem_id="gallery-prompt")
-            model = desk.model_list("gallery-model")
+            model = desk.model_list("gallery-model", job_id)
         with gr.Column(scale=4, min_width=300), gr.Row():
             seed = gr.Number(
                 label="First seed",

@@ -78,7 +78,7 @@ def build(desk: Desk) -> Tab:
         with gr.Column(scale=5, min_width=320):
             prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], lines=2, max_lines=6, elem_id="prompt", rtl=False)
             gr.Examples([[text] for text in EXAMPLES], prompt, label="Try one", elem_id="examples")
-            model = desk.model_list("model")
+            model = desk.model_list("model", job_id)
             with gr.Row():
                 run = gr.Button("Draw both", variant="primary", elem_id="draw", scale=2)
                 desk.cancel_button("cancel-draw", job_id)

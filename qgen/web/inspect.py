@@ -34,7 +34,7 @@ def build(desk: Desk) -> Tab:
     job_id = identity("inspect")
     with gr.Row():
         with gr.Column(scale=4, min_width=280):
-            model = desk.model_list("inspect-model")
+            model = desk.model_list("inspect-model", job_id)
         with gr.Column(scale=4, min_width=280):
             path = gr.Textbox(
                 label="Or a quantized checkpoint on the server", elem_id="inspect-path",

@@ -84,25 +84,41 @@ def worst(result: dict[str, Any], most: int = 8) -> str:
 
 
 def scores(rows: list[dict[str, Any]], failed: dict[str, str], drawn: int, of: int) -> str:
-    """One line per metric, growing while pictures are drawn."""
-    lines = []
-    for row in rows:
-        interval = "" if row["low"] is None or row["high"] is None else f"{_short(row['low'])} to {_short(row['high'])}"
-        network = f"{row['extractor']} {row['digest'] or ''}".strip() if row["extractor"] else ""
-        unit = f" ({row['unit']})" if row["unit"] else ""
-        label = f"{row['label']}{unit}, {row['better']} is better"
-        lines.append(
-            (label, tag("b", _short(row["value"])), interval, row["n"], "; ".join(filter(None, (network, row["note"]))))
-        )
-    lines += [(name, tag("span", "not measured", class_="warn"), "", "", why) for name, why in failed.items()]
-    about = f"{drawn} of {of} pairs drawn. Mean over pictures, with the 95 % interval of that mean."
-    return boxed(
-        section(
-            "Scores",
-            table(("metric", "value", "95 % interval", "pictures", "network and note"), lines, (1, 2, 3)),
-            about=about,
-        )
+    """One line per metric, growing while pictures are drawn; columns that no metric fills are left out."""
+    head = ("metric", "value", "95 % interval", "reference", "difference", "pictures", "network and note")
+    lines = [_score(row) for row in rows]
+    lines += [(name, tag("span", "not measured", class_="warn"), "", "", "", "", why) for name, why in failed.items()]
+    kept = [i for i in range(len(head)) if i < 2 or any(line[i] for line in lines)]
+    numbers = [place for place, i in enumerate(kept) if 1 <= i <= 5]
+    body = table([head[i] for i in kept], [[line[i] for i in kept] for line in lines], numbers)
+    about = (
+        f"{drawn} of {of} pairs drawn. Mean over pictures, with the 95 % interval of that mean. The reference is what the 16-bit pictures "
+        "get, or for Fréchet distances what chance gives; a difference whose interval leaves out zero is a real one. Values in brackets "
+        "rest on too few pictures."
     )
+    return boxed(section("Scores", body, about=about))
+
+
+def _score(row: dict[str, Any]) -> tuple:
+    network = f"{row['extractor']} {row['digest'] or ''}".strip() if row["extractor"] else ""
+    unit = f" ({row['unit']})" if row["unit"] else ""
+    change: Any = ""
+    if row["difference"] is not None:
+        small = tag("span", _span(row["difference_low"], row["difference_high"]), class_="small")
+        change = tag("div", f"{float(row['difference']):+.3g}", small)
+    return (
+        f"{row['label']}{unit}, {row['better']} is better",
+        tag("b", f"({_short(row['value'])})" if row["flagged"] else _short(row["value"])),
+        _span(row["low"], row["high"]),
+        "" if row["reference"] is None else _short(row["reference"]),
+        change,
+        row["n"],
+        "; ".join(filter(None, (network, row["note"]))),
+    )
+
+
+def _span(low: Any, high: Any) -> str:
+    return "" if low is None or high is None else f"{_short(low)} to {_short(high)}"
 
 
 def over_prompts(per_prompt: dict[str, list], rows: list[dict[str, Any]]) -> str:
@@ -124,12 +140,14 @@ def heat_map(heat: dict[str, Any], most: int = 120) -> Markup:
     order = sorted(
         range(len(heat["layers"])), key=lambda i: -max((v for v in heat["db"][i] if v is not None), default=-120)
     )
-    head = tag("tr", tag("th", "layer"), *(tag("th", step, scope="col") for step in heat["steps"]))
+    shared = _shared(heat["layers"])
+    place = tag("span", f" in {shared.rstrip('.')}", class_="path") if shared else ""
+    head = tag("tr", tag("th", "layer", place), *(tag("th", step, scope="col") for step in heat["steps"]))
     body = []
     for index in order[:most]:
         cells = [_cell(value, low, high) for value in heat["db"][index]]
         name = heat["layers"][index]
-        body.append(tag("tr", tag("th", tag("bdi", name), scope="row", title=name), *cells))
+        body.append(tag("tr", tag("th", tag("bdi", name[len(shared) :]), scope="row", title=name), *cells))
     about = (
         "Columns are timesteps, noise first. Each number is the layer's own error relative to its output, in dB: -20 dB is a tenth, "
         f"-40 dB a hundredth. Darker is worse. Worst layers first{f'; {most} of {len(order)} are shown' if len(order) > most else ''}."
@@ -146,6 +164,16 @@ def heat_map(heat: dict[str, Any], most: int = 120) -> Markup:
         tag("div", grid, class_="scroll", tabindex=0, role="region", aria_label="heat map"),
         about=about,
     )
+
+
+def _shared(names: list[str]) -> str:
+    """The dotted beginning of all names, with its last dot; "" where they share none."""
+    shared = ""
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared += f"{parts[0]}."
+    return shared
 
 
 def _cell(value: float | None, low: float, high: float) -> Markup:

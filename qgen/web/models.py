@@ -8,18 +8,18 @@ Both pipelines of a pair share text encoder and decoder, so that a pair takes on
 draw in one lane: they share its layers.
 """
 
-__all__ = ["Models", "Pair", "Source", "Tools"]
+__all__ = ["Models", "Pair", "Source"]
 
 import copy
 import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qgen.named import device_of, load
 from qgen.web.child import run_in_child
 from qgen.web.jobs import OPEN, Job, Jobs
 
@@ -27,17 +27,6 @@ QUICK, BEST = "rtn-int4", "svdquant-int4"
 # Enough for the shipped pipeline to come close to its best, in well under a minute.
 _CALIBRATION = {"samples": 64, "keep": 4, "seed": 0}
 _LOADED = 2  # pairs kept in memory beside the shipped ones
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What the page takes from the rest of qgen. load(name) opens a pipeline or a model; read(folder) and read_peer(file) summarize
-    headers; worker: the command that runs a job's folder."""
-
-    load: Callable[[str], Any]
-    read: Callable[[Path], Any]
-    read_peer: Callable[[Path], Any]
-    worker: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,10 +57,10 @@ class Pair:
 
 
 class Models:
-    """Finds, loads and keeps pairs. folder: where the calibrated shipped pipeline is kept."""
+    """Finds, loads and keeps pairs. folder: where the calibrated shipped pipeline is kept. worker: the command that runs a job's folder."""
 
-    def __init__(self, tools: Tools, jobs: Jobs, folder: Path):
-        self.tools, self.jobs = tools, jobs
+    def __init__(self, jobs: Jobs, folder: Path, device: str, worker: tuple[str, ...]):
+        self.jobs, self.device, self.worker = jobs, device_of(device), worker
         self.folder = folder / f"shipped-{_key()}"
         self.preparing: Job | None = None
         self._pairs: dict[str, Pair] = {}
@@ -140,7 +129,6 @@ class Models:
 
     def _load(self, source: Source) -> Pair:
         from qgen.engine import quantize
-        from qgen.io.checkpoint import load
         from qgen.models import adapter_for
         from qgen.nn.packed import Packed
         from qgen.show.rows import gather
@@ -154,7 +142,7 @@ class Models:
             after = type(before)(**{**before.components, **parts})
             quantize(after, source.recipe, progress=False)
         else:
-            after = load(source.folder)
+            after = load(str(source.folder), device=self.device)
             packed = {
                 n: m
                 for n, m in after.components.items()
@@ -172,7 +160,7 @@ class Models:
 
     def _base(self, name: str) -> Any:
         if name not in self._bases:
-            self._bases[name] = self.tools.load(name)
+            self._bases[name] = load(name, device=self.device)
             _silence(self._bases[name])
         return self._bases[name]
 
@@ -184,7 +172,7 @@ class Models:
         self._bases = {name: base for name, base in self._bases.items() if name == "demo" or id(base) in used}
 
     def _prepare(self, job: Job) -> None:
-        run_in_child(job, list(self.tools.worker))
+        run_in_child(job, list(self.worker))
         stage = self.folder.with_name(self.folder.name + ".new")
         shutil.rmtree(stage, ignore_errors=True)
         shutil.copytree(job.folder, stage)

@@ -2,10 +2,13 @@
 
 __all__ = ["build"]
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
+from qgen.eval.prompt_sets import COPIES, PromptSet, load_prompts
 from qgen.web import markup
 from qgen.web.desk import Desk, Tab, identity
 from qgen.web.errors import checked, told, whole
@@ -13,23 +16,26 @@ from qgen.web.jobs import Job
 from qgen.web.roots import Roots
 
 _MAX_PROMPTS = 4096
-_MAX_FILE = 4 << 20  # bytes of a file of prompts
+_MAX_FILE, _MAX_COPY = 4 << 20, 256 << 20  # bytes of a file of prompts, and of a benchmark's copy
+FIELDS = (
+    "model", "recipe", "rank", "budget", "samples", "keep", "steps", "prompts", "prompt_file", "memory", "skip", "seed", "heat",
+)  # fmt: skip
 
 
-def read_prompts(roots: Roots, path: str) -> list[str]:
-    """Lines of a text file inside the roots. ValueError for what is none, or too large."""
-    found = roots.existing(path)
-    if found.is_dir():
-        raise ValueError(f"{found.name} is a folder; a text file with one prompt per line is wanted")
-    if found.stat().st_size > _MAX_FILE:
-        raise ValueError(
-            f"{found.name} is larger than {_MAX_FILE >> 20} MiB; a text file with one prompt per line is wanted"
-        )
-    try:
-        text = found.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{found.name} is no UTF-8 text; one prompt per line is wanted") from None
-    return lines(text)
+def read_prompts(roots: Roots, path: str) -> PromptSet:
+    """The prompts of a file inside the roots, or of a benchmark's copy there (mjhq:, coco: or parti: and its path).
+
+    ValueError for what is none, is too large, or holds a prompt that is too long.
+    """
+    kind, _, where = str(path or "").strip().partition(":")
+    copy = bool(where) and kind in COPIES
+    found = roots.existing(where if copy else path)
+    if found.is_dir() and not copy:
+        raise ValueError(f"{found.name} is a folder; a file of prompts is wanted: .txt, .json, .jsonl, .csv or .tsv")
+    if found.is_file() and found.stat().st_size > (_MAX_COPY if copy else _MAX_FILE):
+        raise ValueError(f"{found.name} is larger than {(_MAX_COPY if copy else _MAX_FILE) >> 20} MiB")
+    prompts = load_prompts(f"{kind}:{found}" if copy else found, _MAX_PROMPTS)
+    return replace(prompts, prompts=tuple(map(checked, prompts.prompts)))
 
 
 def lines(text: str) -> list[str]:
@@ -85,22 +91,26 @@ def build(desk: Desk) -> Tab:
         skip: str, seed: float, heat: bool,
     ) -> AsyncIterator[tuple]:  # fmt: skip
         """Quantizes a model in a process of its own. Returns the job's id, its state as HTML, the log, the result as HTML, and files."""
+        from qgen.allocate import Budget
         from qgen.checks import parse_bytes
         from qgen.web.work_quantize import recipe_of
 
+        typed = (model, recipe, rank, budget, samples, keep, steps, prompts, prompt_file, memory, skip, seed, heat)
         asked = {
             "model": desk.roots.model(model), "recipe": str(recipe), "rank": whole(rank or 0, 0, 1024, "the rank"),
             "samples": whole(samples, 1, _MAX_PROMPTS, "the number of calibration prompts"),
             "keep": whole(keep, 1, 100, "the number of calls per prompt"), "steps": whole(steps or 0, 0, 1000, "the number of steps"),
             "memory": str(memory or "").strip(), "budget": str(budget or "").strip()[:80],
             "skip": str(skip or "").split(), "seed": whole(seed or 0, 0, 2**31 - 1, "the seed"),
-            "heat": bool(heat),
+            "heat": bool(heat), "typed": dict(zip(FIELDS, typed, strict=True)),
         }  # fmt: skip
         if asked["memory"]:
             parse_bytes(asked["memory"])
+        if asked["budget"]:
+            Budget.parse(asked["budget"])
         recipe_of(asked)  # an unknown name or a rank that does not fit is an error now
         if str(prompt_file or "").strip():
-            asked["prompts"] = read_prompts(desk.roots, prompt_file)
+            asked["prompts"] = list((await asyncio.to_thread(read_prompts, desk.roots, prompt_file)).prompts)
         elif str(prompts or "").strip():
             asked["prompts"] = lines(prompts)
         async for values in desk.follow(desk.heavy("quantize", asked), shown):
@@ -139,8 +149,8 @@ def build(desk: Desk) -> Tab:
                     )
                 with gr.Row():
                     steps = gr.Number(
-                        label="Sampling steps", value=0, precision=0, info="0: the pipeline's own", min_width=130
-                    )
+                        label="Sampling steps", value=0, precision=0, info="0: the pipeline's own", min_width=130, elem_id="quantize-steps",
+                    )  # fmt: skip
                     rank = gr.Number(
                         label="Low-rank branch",
                         value=0,
@@ -157,9 +167,12 @@ def build(desk: Desk) -> Tab:
                     label="Prompts to calibrate with",
                     lines=3,
                     info="One a line. Empty: the model's own, or a built-in set.",
+                    elem_id="quantize-prompts",
                 )
                 prompt_file = gr.Textbox(
-                    label="Or a file of prompts", info="Inside the allowed folders", elem_id="prompt-file"
+                    label="Or a file of prompts",
+                    info="Inside the allowed folders: .txt, .json, .jsonl, .csv, .tsv",
+                    elem_id="prompt-file",
                 )
                 with gr.Row():
                     memory = gr.Textbox(
@@ -189,7 +202,7 @@ def build(desk: Desk) -> Tab:
             )
             result = gr.HTML(padding=False, elem_id="quantize-result")
             files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="quantize-files")
-            with gr.Row(equal_height=True):
+            with gr.Row():
                 path = gr.Textbox(
                     label="Save as",
                     placeholder="a new folder inside the allowed ones",
@@ -207,7 +220,7 @@ def build(desk: Desk) -> Tab:
     recipe.change(_about, recipe, about, show_progress="hidden", queue=False, api_visibility="private")
     keeper.click(told(keep_it), [job_id, path], saved, api_name="save", concurrency_limit=4)
     back = [
-        (lambda name: desk.asked(name, ("model", "recipe", "samples", "keep")), job_id, [model, recipe, samples, keep]),
+        (lambda name: desk.asked(name, FIELDS), job_id, inputs),
         (desk.resume(shown, len(outputs)), job_id, outputs),
     ]
     return Tab(job_id, ran, back)

@@ -28,6 +28,8 @@ CSS = """
 .gradio-container{max-width:1180px!important;margin:0 auto!important}
 #title h1{margin:0;font-size:24px}
 #title p{margin:4px 0 0;color:var(--soft);max-width:85ch}
+#preparing:not(:has(.q)){display:none}
+#save{align-self:flex-end}
 .status{min-height:28px}
 .q{color:var(--ink);min-width:0;max-width:100%}
 .q tr{border:0!important}
@@ -103,6 +105,7 @@ button[aria-label="Remove this file"]{display:none}
 text-align:right;white-space:normal}
 .q table:not(.heat) td:empty{display:none}.q td.n+td:not(.n){padding-left:0}
 .q table:not(.heat) td::before{content:attr(data-label);flex:none;color:var(--soft);text-align:left}
-.q .heat th[scope=row]{max-width:130px;direction:rtl}
+.q .heat th[scope=row]{max-width:128px;white-space:normal;overflow-wrap:anywhere;font-size:11.5px;line-height:1.25}
+.q .heat thead th:first-child{white-space:normal}
 }
 """

@@ -6,45 +6,44 @@ cannot be computed (its network is not on this computer, one picture is no set) 
 
 __all__ = ["evaluate"]
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qgen.web.evaluation_files import BATCH, worst, written
+
 _LIVE = ("psnr", "ssim")
-_BATCH = 8
-_PICTURES = 6  # pairs in the report, the worst first
 
 
-def evaluate(asked: dict[str, Any], folder: Path, tools: Any, report: Any) -> dict[str, Any]:
+def evaluate(asked: dict[str, Any], folder: Path, device: str, report: Any) -> dict[str, Any]:
     """{"rows": one dict per metric, "failed": {metric: why}, "per_prompt", "prompts", "files", "worst"}."""
-    before, after = _pair(asked, tools, report)
+    before, after = _pair(asked, device, report)
     pictures = _draw(asked, before, after, report)
     scores, failed = _score(asked, *pictures, report)
     report.step("writing the report")
-    files = _write(asked, folder, after, scores, failed, *pictures)
+    files = written(asked, folder, after, scores, failed, *pictures)
     data = json.loads(scores.to_json())
     return {
         "rows": data["rows"], "failed": failed, "per_prompt": data["per_prompt"], "prompts": asked["prompts"], "files": files,
-        "worst": _worst(folder, scores, asked["prompts"], *pictures),
+        "worst": worst(folder, scores, asked["prompts"], *pictures),
     }  # fmt: skip
 
 
-def _pair(asked: dict[str, Any], tools: Any, report: Any) -> tuple[Any, Any]:
+def _pair(asked: dict[str, Any], device: str, report: Any) -> tuple[Any, Any]:
     """Both pipelines, apart from each other."""
     from qgen.engine import quantize
-    from qgen.io.checkpoint import load
+    from qgen.named import load
 
     report.step(f"loading {asked['base']}")
-    before = tools.load(asked["base"])
+    before = load(asked["base"], device=device)
     if not hasattr(before, "components"):
         raise ValueError(f"{asked['base']} is a bare model, which draws nothing by itself; a pipeline is wanted")
     report.step("loading the 4-bit model")
     if asked.get("folder"):
-        after = load(asked["folder"])
+        after = load(asked["folder"], device=device)
     else:
-        after = tools.load(asked["base"])
+        after = load(asked["base"], device=device)
         quantize(after, asked["recipe"], progress=False)
     for pipe in (before, after):
         pipe.set_progress_bar_config(disable=True)
@@ -60,9 +59,9 @@ def _draw(asked: dict[str, Any], before: Any, after: Any, report: Any) -> tuple[
 
     prompts, live = asked["prompts"], [name for name in _LIVE if name in asked["metrics"]]
     mine, theirs = [], []
-    for start in range(0, len(prompts), _BATCH):
-        batch = prompts[start : start + _BATCH]
-        options = {"steps": asked.get("steps"), "seed": asked.get("seed", 0), "batch_size": _BATCH, "progress": False}
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        options = {"steps": asked.get("steps"), "seed": asked.get("seed", 0), "batch_size": BATCH, "progress": False}
         for parts, pipe, words in ((theirs, before, "16 bits"), (mine, after, "4 bits")):
             report.step(f"drawing at {words}", start, len(prompts))
             parts.append(generate(pipe, batch, **options))
@@ -101,70 +100,3 @@ def _score(asked: dict[str, Any], mine: Any, theirs: Any, report: Any) -> tuple[
     }
     rows = tuple(row for scores in found for row in scores.rows)
     return replace(found[0], rows=rows, per_prompt=values, settings=settings), failed
-
-
-def _write(
-    asked: dict[str, Any], folder: Path, after: Any, scores: Any, failed: dict[str, str], mine: Any, theirs: Any
-) -> list[str]:
-    from qgen.show.report import report as page
-
-    (folder / "scores.json").write_text(scores.to_json() + "\n", encoding="utf-8")
-    with open(folder / "scores.csv", "w", encoding="utf-8", newline="") as file:
-        write = csv.writer(file)
-        write.writerow(["metric", "value", "low", "high", "n", "unit", "better", "network", "digest", "note"])
-        for row in scores.rows:
-            write.writerow(
-                [
-                    row.metric,
-                    row.value,
-                    row.low,
-                    row.high,
-                    row.n,
-                    row.unit,
-                    row.better,
-                    row.extractor,
-                    row.digest,
-                    row.note,
-                ]
-            )
-        for name, why in failed.items():
-            write.writerow([name, "", "", "", "", "", "", "", "", f"not measured: {why}"])
-    with open(folder / "per_prompt.csv", "w", encoding="utf-8", newline="") as file:
-        write = csv.writer(file)
-        write.writerow(["prompt", *scores.per_prompt])
-        for index, prompt in enumerate(asked["prompts"]):
-            write.writerow([_cell(prompt), *(values[index] for values in scores.per_prompt.values())])
-    order = _order(scores, len(mine))[:_PICTURES]
-    shown = [(asked["prompts"][i], theirs[i], mine[i]) for i in order]
-    page(after, folder / "report.html", pictures=shown, scores=scores, title=f"{asked['label']} against 16 bits")
-    return ["scores.csv", "per_prompt.csv", "scores.json", "report.html"]
-
-
-def _worst(folder: Path, scores: Any, prompts: list[str], mine: Any, theirs: Any) -> list[dict[str, Any]]:
-    """The pairs that differ most, as files: 16 bits, 4 bits, difference."""
-    import numpy as np
-
-    from qgen.show.pictures import difference, pixels
-    from qgen.web.drawing import psnr, save
-
-    made = []
-    for place, index in enumerate(_order(scores, len(mine))[:_PICTURES]):
-        a, b = pixels(theirs[index]), pixels(mine[index])
-        gap = np.full((a.shape[0], max(1, a.shape[1] // 32), 3), 255, np.uint8)
-        save(np.hstack([a, gap, b, gap, difference(a, b)]), folder / f"worst-{place}.png", 3 * 192)
-        db = psnr(a, b)
-        made.append({"file": f"worst-{place}.png", "prompt": prompts[index], "psnr": db if np.isfinite(db) else None})
-    return made
-
-
-def _order(scores: Any, count: int) -> list[int]:
-    """Numbers of pictures, the one that lost most first."""
-    for name, values in scores.per_prompt.items():
-        sign = 1 if scores[name].better == "higher" else -1
-        return sorted(range(count), key=lambda i: sign * values[i])
-    return list(range(count))
-
-
-def _cell(text: str) -> str:
-    """A spreadsheet must not take a prompt for a formula."""
-    return "'" + text if text[:1] in ("=", "+", "-", "@") else text

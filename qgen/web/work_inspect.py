@@ -8,15 +8,17 @@ from typing import Any
 from qgen.errors import QgenError
 
 
-def inspect(asked: dict[str, Any], folder: Path, tools: Any, report: Any) -> dict[str, Any]:
+def inspect(asked: dict[str, Any], folder: Path, device: str, report: Any) -> dict[str, Any]:
     """{"rows", "totals", "notes"}; QgenError for what is no quantized checkpoint."""
+    from qgen.show.headers import read, read_peer
+
     path = Path(asked["checkpoint"])
     report.step(f"reading {path.name}")
     notes: list[str] = []
     try:
-        found = tools.read(path) if path.is_dir() else None
+        found = read(path) if path.is_dir() else None
     except QgenError:
         found = None  # not qgen's own; perhaps a peer's
     if found is None:
-        found, notes = tools.read_peer(path)
+        found, notes = read_peer(path)
     return {"rows": list(found), "totals": found.totals, "notes": notes, "heat": None}

@@ -12,20 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qgen.named import load
 from qgen.recipe import Recipe, Spec
 
 _ZIP_AT_MOST = 512 << 20  # bytes of a model that is also offered as one file
 _HEAT_PROMPTS, _HEAT_STEPS = 4, 10
 
 
-def quantize(asked: dict[str, Any], folder: Path, tools: Any, report: Any) -> dict[str, Any]:
+def quantize(asked: dict[str, Any], folder: Path, device: str, report: Any) -> dict[str, Any]:
     """What the job's result is: rows and totals as `qgen.summary` has them, heat as `qgen.web.heat` makes it, names of files."""
     recipe = recipe_of(asked)
-    if asked["model"] != "demo" and Path(asked["model"]).is_file():
-        return _convert(asked, recipe, folder, tools, report)
+    if _is_file(asked["model"]):
+        return _convert(asked, recipe, folder, report)
     report.say(f"loading {asked['model']}")
     report.step(f"loading {asked['model']}")
-    pipe = tools.load(asked["model"])
+    pipe = load(asked["model"], device=device)
     before = _copies(pipe) if asked.get("heat") else {}
     report.say(f"quantizing {type(pipe).__name__} with {recipe.name}")
     _run(pipe, recipe, asked)
@@ -35,10 +36,14 @@ def quantize(asked: dict[str, Any], folder: Path, tools: Any, report: Any) -> di
 
 
 def recipe_of(asked: dict[str, Any]) -> Recipe:
-    """The recipe by name, with the rank and the skipped layers that were asked for."""
+    """The recipe by name, with the rank and the skipped layers that were asked for; ValueError for what does not fit together."""
     from qgen import recipes
 
     recipe = recipes.get(asked["recipe"])
+    if _is_file(asked["model"]) and asked.get("budget"):
+        raise ValueError(
+            "a budget weighs layers while a pipeline draws, and a single file draws nothing: leave the budget empty"
+        )
     if asked.get("rank"):
         recipe = with_rank(recipe, asked["rank"])
     return recipe.skip(*asked.get("skip") or ())
@@ -133,8 +138,9 @@ def _zipped(folder: Path) -> list[str]:
     return ["model.zip"]
 
 
-def _convert(asked: dict[str, Any], recipe: Recipe, folder: Path, tools: Any, report: Any) -> dict[str, Any]:
+def _convert(asked: dict[str, Any], recipe: Recipe, folder: Path, report: Any) -> dict[str, Any]:
     from qgen.io.convert import convert
+    from qgen.show.headers import read
 
     report.say(f"converting {Path(asked['model']).name} tensor by tensor with {recipe.name}")
     lines = convert(
@@ -146,7 +152,7 @@ def _convert(asked: dict[str, Any], recipe: Recipe, folder: Path, tools: Any, re
     for line in lines[:20]:
         report.say(line)
     (folder / "recipe.json").write_text(recipe.to_json() + "\n", encoding="utf-8")
-    found = tools.read(folder / "model")
+    found = read(folder / "model")
     return {
         "rows": list(found), "totals": found.totals, "heat": None, "files": ["recipe.json", *_zipped(folder)], "command": command_of(asked),
     }  # fmt: skip
@@ -157,8 +163,11 @@ def command_of(asked: dict[str, Any]) -> str:
     import shlex
 
     model = asked["model"]
-    if model != "demo" and Path(model).is_file():
-        return shlex.join(["qgen", "convert", model, "--recipe", asked["recipe"], "--out", "OUT"])
+    if _is_file(model):
+        changed = asked.get("rank") or asked.get("skip")
+        return shlex.join(
+            ["qgen", "convert", model, "--recipe", "recipe.json" if changed else asked["recipe"], "--out", "OUT"]
+        )
     words = [
         "qgen",
         "quantize",
@@ -182,3 +191,8 @@ def command_of(asked: dict[str, Any]) -> str:
     for pattern in asked.get("skip") or ():
         words += ["--skip", pattern]
     return shlex.join(words)
+
+
+def _is_file(model: str) -> bool:
+    """Whether a single file is to be converted, tensor by tensor."""
+    return model != "demo" and Path(model).is_file()

@@ -4,19 +4,19 @@ Progress bars of the whole library are turned into such lines: `Meter` takes the
 prints goes to standard error, so that the lines stay clean.
 """
 
-__all__ = ["Reporter", "work"]
+__all__ = ["Reporter", "command", "work"]
 
 import contextlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from qgen.web.errors import plain
-from qgen.web.models import Tools
 
 
 class Reporter:
@@ -50,7 +50,12 @@ class Reporter:
             self._stream.flush()
 
 
-def work(folder: str, tools: Tools) -> None:
+def command(device: str) -> tuple[str, ...]:
+    """What starts a worker; the job's folder is to follow."""
+    return sys.executable, "-c", f"import sys; from qgen.web.worker import work; work(sys.argv[1], {device!r})"
+
+
+def work(folder: str, device: str = "auto") -> None:
     """Runs the job of a folder and leaves the process with code 0, also after an error that was told in words."""
     stream = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
@@ -60,7 +65,7 @@ def work(folder: str, tools: Tools) -> None:
         asked = json.loads((Path(folder) / "asked.json").read_text(encoding="utf-8"))
         report.step("importing torch and diffusers")
         _listen(report)
-        report.end(result=_task(asked)(asked, Path(folder), tools, report))
+        report.end(result=_task(asked)(asked, Path(folder), device, report))
     except Exception as error:
         report.end(error=plain(error))
 

@@ -51,8 +51,8 @@ def test_quantize_prints_the_summary_and_writes_the_report(saved):
 
 
 def test_inspect_agrees_with_the_loaded_model(saved):
-    from qgen.cli.inspect import read
     from qgen.io.checkpoint import load
+    from qgen.show.headers import read
     from qgen.show.rows import gather
 
     shown, loaded = read(saved[0]), gather(load(saved[0]))

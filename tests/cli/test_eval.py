@@ -1,6 +1,9 @@
 """`qgen eval` on everything that it scores: pipelines, a recipe, folders of pictures, clips, scenes and language models."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,6 +79,84 @@ def test_a_language_model_and_a_recipe_for_it(tmp_path):
     assert {row.metric for row in found.rows} == {"perplexity", "agreement", "tokens_per_second", "kv_bytes"}
     assert found["perplexity"].difference != 0 and 0 <= found["agreement"].value <= 100
     assert found["kv_bytes"].value == 2 * 2 * 64 * 4
+    run("eval", tmp_path / "llm", "--text", text, "--recipe", "gptq-w4a16", "--out", tmp_path / "fitted")
+    assert "text.txt, 1 paragraphs, calibrated on 1 others" in (tmp_path / "fitted" / "report.html").read_text(
+        encoding="utf-8"
+    )
+    run("quantize", tmp_path / "llm", "--recipe", "gptq-w4a16", "--prompts", text, "--out", tmp_path / "small")
+    assert "SQNR on held-out calls" in run("inspect", tmp_path / "small").stdout
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """A folder with the demo pipeline at 4 bits, and the arguments that score it."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("several")
+    run("quantize", "demo", "--recipe", "rtn-int4", "--out", folder / "model")
+    return folder, [
+        "eval",
+        folder / "model",
+        "--reference",
+        "demo",
+        "--n",
+        5,
+        "--batch-size",
+        2,
+        "--metrics",
+        "psnr,ssim",
+        "--steps",
+        1,
+    ]
+
+
+WITNESS = """
+import os, sys
+if "RANK" in os.environ and "qgen" in sys.orig_argv:
+    open(os.path.join(os.environ["WITNESS"], os.environ["RANK"]), "w").close()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(quantized, tmp_path):
+    """Every process writes its rank down when it starts, so that one which does all the work is found out."""
+    pytest.importorskip("accelerate")
+    folder, args = quantized
+    run(*args, "--out", folder / "one")
+    (tmp_path / "sitecustomize.py").write_text(WITNESS)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
+        "WITNESS": str(tmp_path),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "qgen",
+        *map(str, args),
+        "--out",
+        str(folder / "two"),
+        "--processes",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+    assert done.stdout.count("PSNR") == 1, "one table, not one of every process"
+    assert scores_in(folder / "two") == scores_in(folder / "one")
+    wrong = [*command[:-4], "--processes", "2", "--metrics", "pnsr"]
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=500, env=env)
+    assert done.returncode == 2 and done.stderr.count("did you mean 'psnr'") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_numbers_of_one_process(quantized):
+    pytest.importorskip("ray", reason="drawing on several machines needs the package ray")
+    folder, args = quantized
+    run(*args, "--out", folder / "alone")
+    run(*args, "--out", folder / "ray", "--ray", "local", "--workers", 2)
+    assert scores_in(folder / "ray") == scores_in(folder / "alone")
 
 
 def test_bad_wishes_are_one_line(tmp_path):

@@ -74,11 +74,11 @@ def test_a_format_is_handed_on(quantized, tmp_path):
 
 def test_inspect_reads_no_codes(quantized, tmp_path, monkeypatch):
     run("export", quantized, "--to", "comfy", "--format", "nvfp4", "--out", tmp_path / "x.safetensors")
-    from qgen.cli import inspect
     from qgen.io.peers.source import SafetensorsSource
+    from qgen.show import headers
 
     whole = SafetensorsSource.read
-    monkeypatch.setattr(inspect, "_SMALL", 1000)
+    monkeypatch.setattr(headers, "_SMALL", 1000)
 
     def beside(self, name):
         assert not name.endswith(".weight") or self.dtypes[name] != torch.uint8, f"{name} was read"

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from qgen.eval.evaluate import evaluate
 from qgen.eval.extractors import MissingWeights, extractors
 from qgen.eval.page import clipped, evaluation_report
 from qgen.eval.scores import Scores
+from qgen.eval.video import evaluate_video
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -55,9 +57,37 @@ def test_other_files_are_passed_over(folder, photos):
     assert evaluate(folder, photos, metrics="ssim")["ssim"].value == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pictures_that_are_no_numbers(photos, tmp_path, value):
+    """However they come in: drawn, as the reference, as the real ones, as a clip."""
+    bad = photos.clone()
+    bad[3, 5, 5] = value
+
+    class Overflown:
+        def __call__(self, prompt, generator, output_type="np"):
+            return type("R", (), {"images": bad[: len(prompt)].numpy()})
+
+    options = {"metrics": ("psnr",), "progress": False}
+    for pipe, reference, what in ((bad, photos, "pipe"), (photos, bad, "reference")):
+        with pytest.raises(BadData, match=f"the {what}'s pictures hold NaN or infinity; .* try float32 or bfloat16"):
+            evaluate(pipe, reference, **options)
+    with pytest.raises(BadData, match="real pictures hold NaN or infinity"):
+        evaluate(photos, real=bad, metrics=("fid",), extractor="small")
+    with pytest.raises(BadData, match="the pipeline's pictures hold NaN or infinity"):
+        evaluate(Overflown(), photos[:4], ["a", "b", "c", "d"], **options)
+    (tmp_path / "clips").mkdir()
+    np.save(tmp_path / "clips" / "a.npy", bad[2:5].numpy())
+    with pytest.raises(BadData, match="clips hold NaN or infinity"):
+        evaluate_video(tmp_path / "clips")
+
+
 def test_one_picture(photos):
     found = evaluate(photos[:1], photos[1:2], metrics=("psnr", "ssim", "ms_ssim"))
     assert all(row.n == 1 and row.low == row.value == row.high for row in found.rows)
+    network = {"extractor": "small"}
+    for metric, words in (("fid", "n >= 2"), ("kid", "n >= 3"), ("is", "n >= 2")):
+        with pytest.raises(ValueError, match=words):
+            evaluate(photos[:1], photos[1:2], metrics=(metric,), **network)
 
 
 def test_mismatched_sizes(folder, photos):

@@ -110,3 +110,32 @@ def test_kernel_distance_is_unbiased_for_one_distribution():
 def test_kernel_distance_refuses_two_pictures():
     with pytest.raises(ValueError, match="n >= 3"):
         kernel_distance(torch.randn(2, 4), torch.randn(5, 4))
+
+
+def test_kernel_distance_of_pairs_equals_plain_loops_and_its_interval_the_jackknife():
+    x, y = features(7, 5, 1).double(), features(7, 5, 2, shift=0.5).double()
+
+    def k(a, b):
+        return (float(a @ b) / 5 + 1) ** 3
+
+    def plain(x, y):
+        n = len(x)
+        cells = [(i, j) for i in range(n) for j in range(n) if i != j]
+        return np.mean([k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in cells])
+
+    found = kernel_distance(x, y, paired=True)
+    assert found.mean == pytest.approx(plain(x, y), rel=1e-9)
+    keep = [[j for j in range(7) if j != i] for i in range(7)]
+    variance = 6 * np.var([plain(x[kept], y[kept]) for kept in keep])
+    assert found.high - found.mean == pytest.approx(1.96 * variance**0.5, rel=1e-6)
+
+
+def test_kernel_distance_of_pairs_that_are_alike_is_not_below_zero():
+    """Each prompt's two pictures are nearly equal; taken for independent sets they would seem closer than equal ones."""
+    x = features(12, 6, 3)
+    y = x + 0.01 * features(12, 6, 4)
+    assert kernel_distance(x, x, paired=True).mean == 0
+    near, wrong = kernel_distance(x, y, paired=True), kernel_distance(x, y)
+    assert near.low <= 0 <= near.high and wrong.mean < 100 * near.low
+    with pytest.raises(ValueError, match="pairs wanted"):
+        kernel_distance(x, y[:5], paired=True)

@@ -86,6 +86,69 @@ def test_the_original_is_used_where_its_weights_lie(photos, noisy, torch_home, n
     assert bool((lpips(photos, photos, network).abs() < 1e-6).all())
 
 
+BACKBONES = {  # file of torchvision's weights; numbers of the layers after whose ReLU the original looks, by its own table
+    "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (1, 4, 7, 9, 11)),
+    "vgg": ("vgg16", "vgg16-397923af.pth", (3, 8, 15, 22, 29)),
+    "squeeze": ("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", (1, 4, 7, 9, 10, 11, 12)),
+}
+
+
+@pytest.fixture(params=BACKBONES)
+def shared(request, torch_home):
+    """(name, torchvision's network with random weights, our extractor on the same weights)."""
+    models = pytest.importorskip("torchvision.models")
+    name, file, _ = BACKBONES[request.param]
+    torch.manual_seed(1)
+    network = getattr(models, name)(weights=None).eval()
+    torch.save(network.state_dict(), torch_home / file)
+    return request.param, network, find_extractor("lpips", f"lpips_{request.param}").load()
+
+
+def test_the_formula_written_out_anew_on_a_shared_backbone(photos, noisy, shared):
+    """Zhang et al., equation 1, position by position in float64, with the fitted weights from torchmetrics' file."""
+    import importlib.resources
+
+    net, network, ours = shared
+    package = importlib.resources.files("torchmetrics.functional.image.lpips_models")
+    fitted = torch.load(str(package / f"{net}.pth"), map_location="cpu", weights_only=True)
+    ends = BACKBONES[net][2]
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+
+    def maps(pictures):
+        x, found = ((2 * pictures - 1 - shift) / scale).permute(0, 3, 1, 2), []
+        for place, layer in enumerate(network.features[: ends[-1] + 1]):
+            x = layer(x)
+            if place in ends:
+                found.append(x.detach().clone().double().numpy())
+        return found
+
+    total = np.zeros(3)
+    for depth, (a, b) in enumerate(zip(maps(noisy(0.2)[:3]), maps(photos[:3]), strict=True)):
+        weight = fitted[f"lin{depth}.model.1.weight"].double().numpy().reshape(-1)
+        u, v = (x / (np.sqrt((x**2).sum(1, keepdims=True)) + 1e-10) for x in (a, b))
+        total += np.einsum("bchw,c->bhw", (u - v) ** 2, weight).mean((1, 2))
+    np.testing.assert_allclose(lpips(noisy(0.2)[:3], photos[:3], ours).numpy(), total, rtol=1e-4)
+
+
+def test_the_authors_package_on_a_shared_backbone(photos, noisy, shared):
+    """The package `lpips` with our random backbone in the place of its own."""
+    package = pytest.importorskip("lpips", reason="the authors' own code: pip install lpips")
+    net, network, ours = shared
+    theirs = package.LPIPS(net=net, pretrained=True, pnet_rand=True, verbose=False).eval()
+    layers = dict(enumerate(network.features))
+    copied = 0
+    for part in (child for name, child in theirs.net.named_children() if name.startswith("slice")):
+        for place, layer in part.named_children():
+            if any(True for _ in layer.parameters()):
+                layer.load_state_dict(layers[int(place)].state_dict())
+                copied += 1
+    assert copied >= 5
+    x, y = (2 * t.movedim(-1, 1) - 1 for t in (noisy(0.2), photos))
+    with torch.no_grad():
+        expected = theirs(x, y).flatten()
+    np.testing.assert_allclose(lpips(noisy(0.2), photos, ours).numpy(), expected.numpy(), rtol=1e-4)
+
+
 def test_missing_weights_say_where_they_belong(torch_home):
     with pytest.raises(MissingWeights, match=r"alexnet-owt-7be5be79\.pth.*efficientnet_lite0"):
         find_extractor("lpips", "real")

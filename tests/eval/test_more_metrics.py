@@ -1,8 +1,6 @@
-"""IS, MS-SSIM, DISTS-like, CLIP-IQA and preference adapters against other people's code or numbers worked by hand."""
+"""IS, MS-SSIM, DISTS-like and CLIP-IQA against other people's code or numbers worked by hand."""
 
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ import torch
 from qgen.eval.clip_iqa import clip_iqa
 from qgen.eval.dists import structure_texture_distance
 from qgen.eval.evaluate import evaluate
-from qgen.eval.extractors import MissingWeights, extractors, find_extractor
 from qgen.eval.inception_score import inception_score
 from qgen.eval.ms_ssim import WEIGHTS, ms_ssim, scales_that_fit
 
@@ -103,38 +100,3 @@ def test_clip_iqa_by_hand():
     scores = evaluate(pictures, pictures.flip(0), metrics=("clip_iqa",), extractor={"clip_iqa": Towers()})
     assert scores["clip_iqa"].reference == pytest.approx(sum(want) / 2, rel=1e-5)
     assert scores["clip_iqa"].difference == pytest.approx(0, abs=1e-7)
-
-
-@pytest.mark.parametrize("name", ["image_reward", "hpsv2"])
-def test_preference_networks_say_what_is_missing(name, monkeypatch, tmp_path, photos):
-    package = {"image_reward": "ImageReward", "hpsv2": "hpsv2"}[name]
-    find = extractors[name].missing.__globals__["importlib"].util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda n, *a: None if n == package else find(n, *a))
-    with pytest.raises(MissingWeights, match=r"install the package (image-reward|hpsv2); no other network"):
-        evaluate(photos, prompts=["x"] * len(photos), metrics=(name,))
-
-
-def test_image_reward_reads_its_files_and_asks_the_package(monkeypatch, tmp_path, photos):
-    """The package's interface, `load(path, device, med_config)` and `model.score(prompt, PIL)`, played by a stand-in."""
-    calls = []
-
-    class Model:
-        def score(self, prompt, image):
-            assert image.size == (64, 64)
-            return len(prompt) / 10
-
-    fake = types.ModuleType("ImageReward")
-    fake.__spec__ = types.SimpleNamespace(name="ImageReward")
-    fake.load = lambda path, device, med_config: calls.append((path, device, med_config)) or Model()
-    monkeypatch.setitem(sys.modules, "ImageReward", fake)
-    weights = tmp_path / "ImageReward.pt"
-    with pytest.raises(MissingWeights, match="THUDM/ImageReward"):
-        find_extractor("image_reward", f"image_reward:{weights}")
-    torch.save({"weight": torch.ones(2)}, weights)
-    (tmp_path / "med_config.json").write_text("{}")
-    wanted = {"image_reward": f"image_reward:{weights}"}
-    words = ["a", "bbb"]
-    found = evaluate(photos[:2], photos[2:4], words, metrics=("image_reward",), extractor=wanted)["image_reward"]
-    assert (found.value, found.reference, found.n) == (pytest.approx(0.2), pytest.approx(0.2), 2)
-    assert calls == [(str(weights), "cpu", str(tmp_path / "med_config.json"))]
-    assert len(found.digest) == 12

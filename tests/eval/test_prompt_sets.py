@@ -48,6 +48,9 @@ def test_copies_of_benchmarks(tmp_path):
         'Prompt\tCategory\tNote\na sign that says "stop\tArts\t\nan owl\tAnimals\t\n'
     )
     assert load_prompts(f"parti:{tmp_path}").prompts == ('a sign that says "stop', "an owl")
+    for kind, words in (("mjhq", "none stated"), ("coco", "captions CC-BY-4.0"), ("parti", "Apache-2.0, says")):
+        licence = load_prompts(f"{kind}:{tmp_path}").licence
+        assert licence.startswith(words) and "https://" in licence, "a licence is stated with its source"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ pytest.importorskip("PIL")
 
 # A pipeline whose pictures are its noise, that writes down what it draws, and is slow enough to be killed.
 PROGRAM = """
-import sys, time, torch
+import os, sys, time, torch
 from qgen.eval.resume import generate_into
 
 class Painter:
@@ -28,7 +28,7 @@ class Painter:
     def __call__(self, prompt, generator, output_type="np"):
         time.sleep(float(sys.argv[3]))
         with open(sys.argv[2], "a") as log:
-            log.writelines(p + "\\n" for p in prompt)
+            log.writelines(f"{os.getpid()} {p}\\n" for p in prompt)
         return type("R", (), {"images": torch.stack([torch.rand(16, 16, 3, generator=g) for g in generator]).numpy()})
 
 generate_into(sys.argv[1], Painter(), [f"prompt {i}" for i in range(24)], batch_size=3, progress=False)
@@ -156,29 +156,22 @@ def test_two_processes_of_accelerate_share_the_drawing(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     logs, folder = tmp_path / "log", tmp_path / "samples"
     launch = [
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
         "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    launch += [
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
         str(tmp_path / "program.py"),
         str(folder),
         str(logs),
         "0",
     ]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, "-m", *launch], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(logs.read_text().split("\n")[:-1]) == sorted(PROMPTS)
+    drawn = [line.split(" ", 1) for line in logs.read_text().splitlines()]
+    assert sorted(prompt for _, prompt in drawn) == sorted(PROMPTS)
+    shares = [sum(who == pid for pid, _ in drawn) for who in {pid for pid, _ in drawn}]
+    assert shares == [12, 12], "two processes, half of the pictures each"
     painter, pictures = run(folder)
     assert painter.drawn == []
     assert torch.equal(pictures, run(tmp_path / "one")[1])

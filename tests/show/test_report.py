@@ -158,3 +158,27 @@ def test_bad_pictures_are_refused_before_writing(datafree, tmp_path):
     with pytest.raises(ValueError, match="one size"):
         report(datafree, tmp_path / "r.html", pictures=[("x", np.zeros((4, 4, 3)), np.zeros((8, 8, 3)))])
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_by_different_networks_never_share_a_row():
+    """Same metric, other weights: two rows with gaps, and a line that says why; the same weights share one row."""
+    from qgen.eval.scores import Score, Scores
+    from qgen.show.sections import scores
+
+    def of(digest, value, n=8):
+        return Scores(
+            (
+                Score("fid", "FD-net", value, None, None, n, "", "lower", "Net", digest),
+                Score("psnr", "PSNR", 30, 29, 31, n, "dB"),
+            )
+        )
+
+    apart = str(scores({"a": of("aaa", 1.25), "b": of("bbb", 2.5)}))
+    rows = apart.split("<tr")[2:]
+    assert len(rows) == 3 and "cannot be compared" in apart
+    assert "1.25" in rows[0] and "Net aaa" in rows[0] and "2.5" not in rows[0] and "bbb" not in rows[0]
+    assert "2.5" in rows[1] and "Net bbb" in rows[1] and "1.25" not in rows[1]
+    together = str(scores({"a": of("aaa", 1.25), "b": of("aaa", 2.5, n=4)}))
+    rows = together.split("<tr")[2:]
+    assert len(rows) == 2 and "1.25" in rows[0] and "2.5" in rows[0] and "8 / 4" in rows[0]
+    assert "cannot be compared" not in together

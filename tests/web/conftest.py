@@ -1,14 +1,13 @@
 """Pages that are served for tests, with a worker that is a few lines written by the test, or the real one."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 
 import pytest
 
 pytest.importorskip("gradio", reason="the page needs Gradio: install qgen-diffusion[gradio]")
-
-from qgen.web.models import Tools
 
 ENV = ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR")
 
@@ -46,18 +45,17 @@ def serve_page():
 
 
 @contextlib.contextmanager
-def _served(settings, real=False):
-    from qgen.cli.web import tools
+def _served(settings, real=False, **options):
     from qgen.web.app import serve, stop
 
     settings.work.mkdir(parents=True, exist_ok=True)
     script = Script(settings.work / "worker.py")
     script.write("say(error='nothing was to be done')\n")
-    found = tools("cpu")
-    given = found if real else Tools(found.load, found.read, found.read_peer, script.command)
+    settings = dataclasses.replace(settings, device="cpu", worker=() if real else script.command)
     before = {name: os.environ.get(name) for name in ENV}
     os.environ.pop("GRADIO_TEMP_DIR", None)
-    page, desk, address = serve(settings, given, block=False)
+    page, desk, address = serve(settings, block=False, **options)
+    desk.page = page
     try:
         yield desk, address, script
     finally:

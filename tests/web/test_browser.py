@@ -1,6 +1,7 @@
 """The page in a real browser: every tab clicked through as a person would, with no error in the console and no request to anywhere else.
 
-Wants Playwright (`pip install playwright`) and a Chromium: QGEN_CHROMIUM, one on the path, or Playwright's own.
+Wants Playwright (`pip install playwright`) and a Chromium: QGEN_CHROMIUM, one on the path, or Playwright's own. In the folder that
+QGEN_SCREENSHOTS names, a picture of every tab on every screen is kept, for people to look at.
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qgen.web.app import Settings
+from tests.web.test_page import QUANTIZE
 
 pytest.importorskip("diffusers", reason="the shipped model is a diffusers pipeline: install qgen-diffusion[diffusers]")
 sync_api = pytest.importorskip(
@@ -26,7 +28,7 @@ SCREENS = {
     "phone": {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
     "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
 }
-PATIENCE = 240_000  # ms; a machine may be busy
+PATIENCE = 600_000  # ms; a machine may be busy
 TABS = ("Generate", "Quantize", "Evaluate", "Inspect", "Gallery")
 
 
@@ -85,6 +87,10 @@ class Visitor:
 
     def done(self, tab):
         self.page.wait_for_selector(f"#{tab}-status .chip.done")
+
+    def keep(self, name):
+        if os.environ.get("QGEN_SCREENSHOTS"):
+            self.page.screenshot(path=Path(os.environ["QGEN_SCREENSHOTS"]) / f"{name}.png", full_page=True)
 
 
 @pytest.fixture
@@ -173,25 +179,63 @@ def test_evaluate(visit):
     assert "psnr" in Path(download.value.path()).read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def with_heat(address):
+    """A model that has a heat map by timestep, as one types it into a list of models."""
+    client = pytest.importorskip("gradio_client").Client(address, verbose=False)
+    asked = {**QUANTIZE, "recipe": "rtn-w4a16", "heat": True}
+    return f"job:{client.predict(*asked.values(), api_name='/quantize')[0]}"
+
+
+def filled(v, name, with_heat):
+    """The tab as it is when its work is done."""
+    page = v.page
+    v.tab(name)
+    if name == "Generate":
+        page.click("#draw")
+        v.done("draw")
+        page.wait_for_selector("#difference img")
+    if name == "Quantize":
+        page.click("#recipe input")
+        page.get_by_role("option", name="rtn-w4a16").click()
+        page.click("#quantize-settings button")
+        page.uncheck("#heat input")
+        page.click("#quantize")
+        v.done("quantize")
+        page.wait_for_selector("#quantize-result td")
+    if name == "Evaluate":
+        page.fill("#evaluate-n input[type=number]", "3")
+        page.fill("#evaluate-steps input", "2")
+        page.press("#evaluate-steps input", "Tab")
+        page.click("#evaluate")
+        v.done("evaluate")
+        page.wait_for_selector("#plots svg")
+    if name == "Inspect":
+        page.fill("#inspect-model input", with_heat)
+        page.press("#inspect-model input", "Enter")
+        page.click("#inspect")
+        page.wait_for_selector("#inspect-page .heat td")
+    if name == "Gallery":
+        page.click("#gallery-draw")
+        v.done("gallery")
+    page.wait_for_timeout(500)
+
+
 @pytest.mark.parametrize("screen", SCREENS)
-def test_every_tab_fits_the_screen_and_can_be_read(visit, screen):
-    """No sideways scrolling, and text that stands out from its ground by 4.5 to 1 (WCAG AA)."""
+def test_every_tab_fits_the_screen_and_can_be_read(visit, screen, with_heat):
+    """No sideways scrolling, text that stands out from its ground by 4.5 to 1 (WCAG AA), and names in the heat map that are told apart."""
     v = visit(screen)
     page = v.page
-    page.click("#draw")
-    v.done("draw")
     for name in TABS:
-        v.tab(name)
-        if name == "Inspect":
-            page.click("#inspect")
-            page.wait_for_selector("#inspect-page .tile")
-        if name == "Gallery":
-            page.click("#gallery-draw")
-            v.done("gallery")
-        page.wait_for_timeout(300)
+        filled(v, name, with_heat)
+        v.keep(f"{screen}-{name.lower()}")
         assert page.evaluate("document.documentElement.scrollWidth") <= SCREENS[screen]["viewport"]["width"], name
         weak = page.evaluate(CONTRAST)
         assert not weak, (name, weak)
+        if name == "Inspect":
+            names = page.locator("#inspect-page .heat tbody th")
+            assert names.count() > 40 and len(set(names.all_inner_texts())) == names.count()
+            assert not page.evaluate(CLIPPED), "a layer's name is cut off"
 
 
 def test_the_keyboard_reaches_everything(visit):
@@ -217,6 +261,9 @@ def test_the_keyboard_reaches_everything(visit):
 
 NEAREST = """() => { for (let e = document.activeElement; e; e = e.parentElement)
     if (['draw', 'cancel-draw', 'model', 'position', 'settings'].includes(e.id)) return e.id; return ''; }"""
+
+CLIPPED = """() => [...document.querySelectorAll('#inspect-page .heat tbody th')]
+    .filter(e => e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1).map(e => e.innerText)"""
 
 # Texts of our own markup whose contrast with the nearest painted ground is below 4.5.
 CONTRAST = """() => {
