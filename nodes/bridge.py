@@ -16,6 +16,8 @@ import torch
 
 from qgen.nodes import registry
 from qgen.nodes.images import from_pil
+from qgen.nodes.inputs import recipe as recipe_input
+from qgen.nodes.inputs import seed as seed_input
 from qgen.nodes.progress import Bars, stop_if_asked
 from qgen.nodes.registry import Input, Node, Output, Result
 
@@ -223,12 +225,6 @@ def _preview(pipe: Any, latents: Any, size: int) -> tuple | None:
     return ("JPEG", Image.fromarray(pixels), 512)
 
 
-def recipes() -> list[str]:
-    from qgen.recipes import names
-
-    return names()
-
-
 def listed(pipeline: str) -> bool | str:
     return pipeline in folders() or f"pipeline: no pipeline {pipeline!r} in models/diffusers"
 
@@ -269,13 +265,7 @@ registry.register(
         run=quantize,
         inputs=(
             Input("pipe", KIND, "The pipeline to quantize; it is not changed."),
-            Input(
-                "recipe",
-                "COMBO",
-                "What becomes of the layers; auto picks for this computer.",
-                default="auto",
-                choices=recipes,
-            ),
+            recipe_input("What becomes of the layers; auto picks for this computer."),
             Input(
                 "prompts",
                 "STRING",
@@ -292,14 +282,7 @@ registry.register(
                 high=200,
             ),
             Input("samples", "INT", "At most so many prompts.", default=32, low=1, high=1024),
-            Input(
-                "seed",
-                "INT",
-                "Chooses the noise of calibration and the methods' random numbers.",
-                default=0,
-                low=0,
-                high=2**31 - 1,
-            ),
+            seed_input("Chooses the noise of calibration and the methods' random numbers.", bits=31),
         ),
         outputs=(_PIPE,),
         search=("quantize", "4-bit", "svdquant", "nvfp4", "int4", "compress"),
@@ -323,15 +306,7 @@ registry.register(
                 default="",
                 multiline=True,
             ),
-            Input(
-                "seed",
-                "INT",
-                "Chooses the noise; further pictures of a batch take the next numbers.",
-                default=0,
-                low=0,
-                high=2**63 - 1,
-                rolls=True,
-            ),
+            seed_input("Chooses the noise; further pictures of a batch take the next numbers.", bits=63, rolls=True),
             Input("steps", "INT", "Denoising steps.", default=20, low=1, high=1000),
             Input("guidance", "FLOAT", "Guidance scale.", default=3.0, low=0.0, high=100.0, step=0.1),
             Input("width", "INT", "Width in pixels; 0 = the pipeline's default.", default=0, low=0, high=8192, step=8),

@@ -48,7 +48,7 @@ def _feed(h: Any, thing: Any) -> None:
 
 
 class Cache:
-    """`get(key)` and `put(key, model, entry)`: the entry lives as long as the model, and the last model lives here."""
+    """`get(key)` and `put(key, model, entry)`: the entry lives as long as the model (or its patcher), and the last one lives here."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[weakref.ref, Any]] = {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qgen.calibration.base import CalibrationSet, Call, Moment
+from qgen.nodes.clock import timestep
 
 _DROPPED = ("wrappers", "callbacks")  # of transformer_options: a replay is not part of any sampling
 _NEVER = ("patches", "patches_replace")  # functions of others; they stay as they are
@@ -53,8 +54,8 @@ def record(patcher: Any, positive: Any, negative: Any, latent: dict, settings: S
     def listen(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal step
         bar.update()
-        t = args[1] if len(args) > 1 else kwargs.get("timesteps", kwargs.get("timestep"))
-        moment = Moment(run, step, float(t.flatten()[0]) if isinstance(t, Tensor) and t.numel() else None)
+        t = timestep(patcher.model, args, kwargs)
+        moment = Moment(run, step, None if t is None else float(t[0]))
         calls.append(Call(_kept(args, keep), _kept(kwargs, keep), moment))
         step += 1
 

@@ -17,23 +17,13 @@ from torch import Tensor
 
 from qgen.nodes import registry
 from qgen.nodes.images import from_pil, stacked, text_picture
+from qgen.nodes.inputs import sampling
+from qgen.nodes.inputs import seed as seed_input
 from qgen.nodes.progress import stop_if_asked
 from qgen.nodes.registry import Input, Node, Output, Result
 
 GAIN = 4.0
 NETWORKS = ("ssim", "lpips", "clip")
-
-
-def samplers() -> list[str]:
-    import comfy.samplers
-
-    return list(comfy.samplers.KSampler.SAMPLERS)
-
-
-def schedulers() -> list[str]:
-    import comfy.samplers
-
-    return list(comfy.samplers.KSampler.SCHEDULERS)
 
 
 def sampled(model: Any, latent: dict, positive: Any, negative: Any, settings: dict, seed: int) -> Tensor:
@@ -200,34 +190,8 @@ registry.register(
             Input("positive", "CONDITIONING", "What both models shall draw."),
             Input("negative", "CONDITIONING", "What both models shall avoid; unused at cfg 1."),
             Input("latent_image", "LATENT", "Size and number of the pictures; both models start from it."),
-            Input(
-                "seed",
-                "INT",
-                "Chooses the noise that both models start from.",
-                default=0,
-                low=0,
-                high=2**64 - 1,
-                rolls=True,
-            ),
-            Input("steps", "INT", "Denoising steps of each model.", default=20, low=1, high=1000),
-            Input("cfg", "FLOAT", "Classifier-free guidance scale.", default=1.0, low=0.0, high=100.0, step=0.1),
-            Input("sampler_name", "COMBO", "The sampler, as in KSampler.", default="euler", choices=samplers),
-            Input(
-                "scheduler",
-                "COMBO",
-                "The schedule of noise levels, as in KSampler.",
-                default="simple",
-                choices=schedulers,
-            ),
-            Input(
-                "denoise",
-                "FLOAT",
-                "Share of the schedule to run; 1 starts from pure noise.",
-                default=1.0,
-                low=0.0,
-                high=1.0,
-                step=0.01,
-            ),
+            seed_input("Chooses the noise that both models start from.", rolls=True),
+            *sampling("each model"),
             Input(
                 "gain",
                 "FLOAT",

@@ -1,7 +1,8 @@
 """Load Quantized Model: files of qgen, Nunchaku, nunchaku-lite, GGUF and ComfyUI's own formats, as a MODEL with packed layers.
 
-ComfyUI tells the model from names and shapes of its tensors and builds it. For packed layers it is shown weights that take no memory; their
-modules come without weights and are exchanged afterwards. Nothing is dequantized that one of qgen's formats holds.
+ComfyUI tells the model from names and shapes of its tensors and builds it. For packed layers it is shown weights that take no memory; the
+modules that ask for one of those, under whatever name ComfyUI gave it, come without weights and are exchanged afterwards. So files of
+diffusers' UNets work as ComfyUI renames them. Nothing is dequantized that one of qgen's formats holds.
 """
 
 __all__ = ["load", "model_from"]
@@ -29,9 +30,10 @@ def model_from(path: Path, dtype: torch.dtype | None = None) -> Any:
     ComfyUI does not know."""
     import comfy.sd
 
+    from qgen.io.keys import outward
     from qgen.io.parts import check
     from qgen.io.peers.base import Layer
-    from qgen.nn import clock
+    from qgen.nodes.clock import wind
     from qgen.nodes.models import REPORT, compute_dtype, exchange, patcher_around
     from qgen.nodes.ops import comfy_layer
     from qgen.nodes.progress import Bars
@@ -39,22 +41,26 @@ def model_from(path: Path, dtype: torch.dtype | None = None) -> Any:
     parts, metadata = _parts(path)
     layers: dict[str, Layer] = {}
     tensors: dict[str, torch.Tensor] = {}
+    shown: dict[int, str] = {}  # identity of a weight that takes no memory → path of its layer in the file
     with Bars()(total=max(1, parts.__length_hint__()), desc="read") as bar:
         for part in parts:
             bar.update()
             if isinstance(part, Layer):
                 layers[part.path] = check(part)
-                tensors[f"{part.path}.weight"] = torch.zeros((), dtype=part.dtype).expand(part.shape)
+                tensors[f"{part.path}.weight"] = weight = torch.zeros((), dtype=part.dtype).expand(part.shape)
+                shown[id(weight)] = part.path
                 if "bias" in part.slots or "t_bias" in part.slots:
                     tensors[f"{part.path}.bias"] = torch.zeros((), dtype=part.dtype).expand(part.shape[:1])
             else:
                 tensors[part.name] = part.tensor
     if not layers:
         raise ValueError(f"file: {path.name} has no quantized layer; load it with Load Diffusion Model")
-    options = {"custom_operations": _operations(layers)}
+    kept_alive = list(tensors.values())  # or another tensor might get an identity that was known
+    options = {"custom_operations": _operations(layers, shown)}
     if dtype is not None:
         options["dtype"] = dtype
     made = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=options, metadata=metadata)
+    del kept_alive
     if made is None:
         raise ValueError(f"file: ComfyUI knows no diffusion model with the layers of {path.name}")
     model = made.model
@@ -63,11 +69,12 @@ def model_from(path: Path, dtype: torch.dtype | None = None) -> Any:
     for stored, layer in layers.items():
         if stored not in places:
             raise ValueError(
-                f"file: {path.name} holds the layer {stored!r}, which ComfyUI's {type(module).__name__} does not have"
+                f"file: {path.name} holds the layer {stored!r}, which ComfyUI's {type(module).__name__} does not have under this name; "
+                f"of models whose layers ComfyUI fuses, diffusers' names are known here for {', '.join(outward)}"
             )
         at = places[stored]
         exchange(module, at, comfy_layer(layer.layout, layer.slots, layer.shape, computes, module.get_submodule(at)))
-    clock.wind(module)
+    wind(model)
     rows = [getattr(layer, "row", None) or _row(layer) for layer in layers.values()]
     out = patcher_around(model)
     out.set_attachments(REPORT, rows)
@@ -95,24 +102,22 @@ def _parts(path: Path) -> tuple[Any, dict]:
         name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in names
     ):
         parts = original(parts, kind)
-    elif any(name.startswith(("down_blocks.", "up_blocks.")) for name in names):
-        raise ValueError(
-            f"file: {path.name} names its layers as diffusers does, and ComfyUI's names are known here for {', '.join(outward)} only; "
-            f"found {kind or 'no class in its config'}"
-        )
     return parts, {key: text for key, text in source.metadata.items() if isinstance(text, str)}
 
 
-def _operations(layers: dict[str, Any]) -> type:
-    """ComfyUI's operations whose packed layers take no memory until they are exchanged."""
+def _operations(layers: dict[str, Any], shown: dict[int, str]) -> type:
+    """ComfyUI's operations whose packed layers take no memory until they are exchanged.
+
+    shown: paths in the file by the identity of a weight that takes no memory.
+    """
     import comfy.ops
 
     class Bare:
         """A layer that waits for its exchange if the file holds it packed; else ComfyUI's own."""
 
         def _load_from_state_dict(self, state_dict, prefix, *rest):
-            path = prefix[:-1]
-            if path not in layers:
+            path = shown.get(id(state_dict.get(prefix + "weight")))
+            if path is None:
                 return super()._load_from_state_dict(state_dict, prefix, *rest)
             self.qgen_path = path
             dtype = layers[path].dtype

@@ -115,17 +115,21 @@ class ComfyLayer:
             _stop_if_asked()
         wanted, x = x.dtype, x.to(self.compute_dtype)
         functions = [f for f in self.weight_function if not _is_lora(f)]
-        if self.override is not None or functions or self.bias_function:
-            return self._by_values(x, functions).to(wanted)
+        changed = self.override is not None or functions or self.bias_function
+        if changed and not self.timed:
+            return self._dense(x, self._weight_now(x, functions), self._bias_now(x)).to(wanted)
         self._ready(x.device)
         layer = self._beside(x)
         y = super(ComfyLayer, layer).forward(x)
-        if layer.delta is not None:
+        if changed:  # tables over timesteps are for the layer's own weight: what others made of it comes on top
+            own = self.dequantize(x.dtype).to(x.device)
+            y = y + self._dense(x, self._weight_now(x, functions) - own, self._bias_now(x))
+        elif layer.delta is not None:
             y = y + self._dense(x, layer.delta, None)
         return y.to(wanted)
 
-    def _by_values(self, x: Tensor, functions: list) -> Tensor:
-        """The same from the float weight, of which other packs see and change a copy."""
+    def _weight_now(self, x: Tensor, functions: list) -> Tensor:
+        """The float weight beside x, of which other packs see and change a copy."""
         if self.override is not None:
             weight = self.override.detach()
         else:
@@ -133,12 +137,18 @@ class ComfyLayer:
         weight = weight.to(x.device, x.dtype, copy=True)
         for f in functions:
             weight = f(weight)
+        return weight
+
+    def _bias_now(self, x: Tensor) -> Tensor | None:
+        """The same of the bias; of a timed layer, which has it in its tables, what functions add to it."""
         bias = self.canonical().get("bias")
+        if bias is None and self.timed and self.bias_function:
+            bias = x.new_zeros(self.n)
         if bias is not None:
             bias = bias.to(x.device, x.dtype, copy=True)
             for f in self.bias_function:
                 bias = f(bias)
-        return self._dense(x, weight, bias)
+        return bias
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = weight.to(x.dtype)

@@ -6,7 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from qgen.nodes import registry
+from qgen.nodes.attention import NUMBERS
 from qgen.nodes.cache import Cache, fingerprint
+from qgen.nodes.inputs import recipe as recipe_input
+from qgen.nodes.inputs import sampling
+from qgen.nodes.inputs import seed as seed_input
 from qgen.nodes.registry import Input, Node, Output
 
 # What the node calls a format: numbers of weights and of activations (None = they stay float).
@@ -20,6 +24,7 @@ FORMATS: dict[str, tuple[str, str | None]] = {
     "W8A8 fp8": ("fp8_e4m3_row", "fp8_e4m3_row"),
 }
 CALIBRATION = ("auto", "none", "from conditioning")
+ATTENTION = ("as it is", *NUMBERS)
 _made = Cache()
 
 
@@ -63,16 +68,20 @@ def quantize(
     scheduler: str = "simple",
     denoise: float = 1.0,
     runs: int = 1,
+    budget: str = "",
+    attention: str = ATTENTION[0],
     positive: Any = None,
     negative: Any = None,
     latent: Any = None,
 ) -> tuple[Any]:
     """The node. The model that comes in is not changed, whatever happens."""
+    from qgen.nodes.attention import attention as attend
     from qgen.nodes.calibrate import Settings, record
     from qgen.nodes.models import REPORT, patcher_around
     from qgen.nodes.progress import Bars
     from qgen.nodes.quantizing import needs_calls, quantized_twin, tensors_of
 
+    limit = _limit(budget)
     given = positive is not None and latent is not None
     if calibration == "from conditioning" and not given:
         raise ValueError(
@@ -85,9 +94,13 @@ def quantize(
             f"recipe: {recipe!r} calibrates; connect positive and latent (what your sampler gets), or choose a recipe that needs no "
             "calibration: auto, rtn-int4, rtn-nvfp4, rtn-w4a16, fp8"
         )
+    if limit is not None and not calibrated:
+        raise ValueError(
+            f"budget: {limit} is kept by measuring each layer; connect positive and latent (what your sampler gets)"
+        )
     settings = Settings(seed, steps, cfg, sampler_name, scheduler, denoise, runs)
     conditions: tuple = ()
-    if calibrated and needs_calls(made):
+    if calibrated and (needs_calls(made) or limit is not None):
         sampling = model.get_model_object("model_sampling")
         conditions = (
             repr(settings),
@@ -98,38 +111,46 @@ def quantize(
             repr(getattr(sampling, "shift", None)),
         )
     patches = {key: [p[:4] for p in listed] for key, listed in model.patches.items()}
-    key = fingerprint(made.to_json(), tensors_of(model.model), patches, str(model.load_device), conditions)
+    key = fingerprint(made.to_json(), tensors_of(model.model), patches, str(model.load_device), conditions, str(limit))
     if (known := _made.get(key)) is not None:
-        quantized, rows = known
+        base, rows = known
     else:
         calls = None
         if conditions:
             with Bars()(total=steps * runs, desc="record") as bar:
                 calls = record(model, positive, negative if negative is not None else positive, latent, settings, bar)
-        quantized, rows = quantized_twin(model, made, calls, seed)
-        _made.put(key, quantized, rows)
-    out = patcher_around(quantized, model)
-    quantized.diffusion_model.__dict__.update(qgen_recipe=made, qgen_report=rows)
+        quantized, rows = quantized_twin(model, made, calls, seed, limit)
+        base = patcher_around(quantized, model)
+        _made.put(key, base, rows)
+    out = patcher_around(base.model, model)
+    out.parent = base  # as a clone's: ComfyUI takes a model for leaked that outlives all of its patchers
     out.set_attachments(REPORT, rows)
-    return (out,)
+    return (out,) if attention == ATTENTION[0] else attend(out, attention)
 
 
-def _samplers() -> list[str]:
-    from comfy.samplers import KSampler
+def _limit(budget: str | None) -> Any:
+    """The field `budget` as `qgen.allocate` has it, None if it is empty. ValueError for what cannot be read."""
+    from qgen.allocate import Quality, asked
 
-    return list(KSampler.SAMPLERS)
+    text = (budget or "").strip()  # None where another node will give it
+    if not text:
+        return None
+    try:
+        limits = asked(None, text) if ">" in text or "\u2265" in text else asked(text, None)
+    except ValueError as error:
+        raise ValueError(f"budget: {error}; or a quality such as 'sqnr>=20'; empty = none") from None
+    found = next(limit for limit in limits if limit is not None)
+    if isinstance(found, Quality) and found.metric != "sqnr":
+        raise ValueError(f"budget: {found.metric} is measured on pictures, here only 'sqnr>=…' of the model's output")
+    return found
 
 
-def _schedulers() -> list[str]:
-    from comfy.samplers import KSampler
-
-    return list(KSampler.SCHEDULERS)
-
-
-def _recipes() -> list[str]:
-    from qgen.recipes import names
-
-    return names()
+def _check(budget: str) -> bool | str:
+    try:
+        _limit(budget)
+    except ValueError as error:
+        return str(error)
+    return True
 
 
 registry.register(
@@ -140,6 +161,7 @@ registry.register(
         "to calibrate with your own prompt and sampler settings; without them weights are rounded as they are. The model that comes in "
         "stays as it was; the result is kept, so that queueing again costs nothing.",
         run=quantize,
+        check=_check,
         search=("qgen", "4-bit", "svdquant", "nvfp4", "int4", "w4a4", "quantization", "compress model"),
         inputs=(
             Input(
@@ -147,12 +169,8 @@ registry.register(
                 "MODEL",
                 "The 16-bit (or 8-bit) diffusion model to quantize. LoRAs before it become part of the weights.",
             ),
-            Input(
-                "recipe",
-                "COMBO",
-                "What goes where: numbers, methods, which layers stay float. auto picks what this device runs best.",
-                default="auto",
-                choices=_recipes,
+            recipe_input(
+                "What goes where: numbers, methods, which layers stay float. auto picks what this device runs best."
             ),
             Input(
                 "format",
@@ -176,36 +194,8 @@ registry.register(
                 default="auto",
                 choices=CALIBRATION,
             ),
-            Input(
-                "seed",
-                "INT",
-                "Seed of the calibration's noise and of the methods.",
-                default=0,
-                low=0,
-                high=2**64 - 1,
-                advanced=True,
-            ),
-            Input(
-                "steps",
-                "INT",
-                "Sampler steps of a calibration run: those that you sample with.",
-                default=20,
-                low=1,
-                high=1000,
-            ),
-            Input("cfg", "FLOAT", "Guidance of the calibration runs.", default=1.0, low=0.0, high=100.0, step=0.1),
-            Input("sampler_name", "COMBO", "Sampler of the calibration runs.", default="euler", choices=_samplers),
-            Input("scheduler", "COMBO", "Scheduler of the calibration runs.", default="simple", choices=_schedulers),
-            Input(
-                "denoise",
-                "FLOAT",
-                "Part of the noise schedule that is run.",
-                default=1.0,
-                low=0.01,
-                high=1.0,
-                step=0.01,
-                advanced=True,
-            ),
+            seed_input("Seed of the calibration's noise and of the methods.", advanced=True),
+            *sampling("each calibration run", least=0.01, advanced=True),
             Input(
                 "runs",
                 "INT",
@@ -213,6 +203,21 @@ registry.register(
                 default=2,
                 low=1,
                 high=64,
+            ),
+            Input(
+                "budget",
+                "STRING",
+                "Mixed precision: '4.5 bits' a weight, '6 GiB', '12 ms', or 'sqnr>=20' dB of the model's output. "
+                "Needs positive and latent; empty = every layer as the recipe has it.",
+                default="",
+            ),
+            Input(
+                "attention",
+                "COMBO",
+                "Low-bit attention as well, where its error stays small; auto is what this device runs best. "
+                "4-bit Attention has more choices.",
+                default=ATTENTION[0],
+                choices=ATTENTION,
             ),
             Input(
                 "positive", "CONDITIONING", "What your sampler gets as positive: turns calibration on.", optional=True

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgen.nodes.clock import wind
 from qgen.nodes.models import compute_dtype, exchange, settle, twin
 from qgen.nodes.ops import adopt
 from qgen.nodes.progress import Bars
@@ -71,7 +72,7 @@ class _Placed(nn.Module):
 
     def __init__(self, inner: nn.Module, device: torch.device):
         super().__init__()
-        self.anchor = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # first: replays look at it
+        self.anchor = nn.Parameter(torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False)
         self.inner = inner
 
     def forward(self, *args, **kwargs) -> Any:
@@ -83,15 +84,23 @@ class _Placed(nn.Module):
     def named_modules(self, *args, **kwargs):
         return self.inner.named_modules(*args, **kwargs)
 
+    def parameters(self, recurse: bool = True):
+        yield self.anchor  # first: replays put their inputs where it is
+        yield from self.inner.parameters(recurse)
 
-def quantized_twin(patcher: Any, recipe: Any, calls: Any = None, seed: int = 0) -> tuple[Any, list[dict]]:
+
+def quantized_twin(
+    patcher: Any, recipe: Any, calls: Any = None, seed: int = 0, budget: Any = None
+) -> tuple[Any, list[dict]]:
     """A model like the patcher's with packed layers, on its offload device, and the rows of the report.
 
-    calls: a CalibrationSet, needed if the recipe reads statistics. NotQuantizable if the recipe keeps every layer float; BadData for
-    weights or activations that are not finite. Whatever is raised, the patcher's model is what it was.
+    calls: a CalibrationSet, needed if the recipe reads statistics or there is a budget. budget: what `qgen.quantize` takes as `budget` and
+    `quality`, None for none. NotQuantizable if the recipe keeps every layer float; BadData for weights or activations that are not finite;
+    ValueError for budgets that cannot be met. Whatever is raised, the patcher's model is what it was.
     """
     from qgen.checks import check_weights, refuse_quantized
     from qgen.errors import NotQuantizable
+    from qgen.methods.temporal import timed_or_blind
 
     refuse_quantized(patcher.model.diffusion_model, "model")
     model = twin(patcher)
@@ -99,36 +108,60 @@ def quantized_twin(patcher: Any, recipe: Any, calls: Any = None, seed: int = 0) 
     check_weights(module, "model")
     if _fits(module, device):
         module.to(device)
+    elif budget is not None:
+        raise ValueError(f"budget: layers are tried out in the float model, which does not fit on {device} as a whole")
     placed = _Placed(module, device)
+    recipe = timed_or_blind(recipe, calls, type(module).__name__)
+    sampling, model.model_sampling = model.model_sampling, patcher.get_model_object("model_sampling")
     with torch.no_grad():
+        sites, record = sites_of(placed, calls.calls[0] if calls else None), None
+        if budget is not None:
+            recipe, record = _allocated(placed, sites, recipe, calls, budget, seed)
         chosen, kept = [], []
-        for site in sites_of(placed, calls.calls[0] if calls else None):
+        for site in sites:
             spec, why = recipe.resolve(site)
             if spec is None:
                 numel = sum(p.numel() for p in module.get_submodule(site.path).parameters())
                 kept.append({**_facts(site), "spec": "float", "why": why, "nbytes": 2 * numel, "bytes16": 2 * numel})
             else:
-                chosen.append((site, spec))
+                chosen.append((site, spec, why))
         if not chosen:
             raise NotQuantizable(
                 f"recipe {recipe.name!r} keeps all {len(kept)} layers of this model float: nothing to do"
             )
-        rows = _waves(placed, module, chosen, calls, seed, compute_dtype(model))
+        rows = _waves(placed, model, chosen, calls, seed, compute_dtype(model))
     settle(model, patcher.offload_device)
-    from qgen.nn import clock
-
-    clock.wind(module)
+    model.model_sampling = sampling  # the patcher's own comes as its object patch
+    wind(model)
     order = {path: i for i, (path, _) in enumerate(module.named_modules())}
-    return model, sorted([*rows, *kept], key=lambda row: order[row["path"]])
+    rows = sorted([*rows, *kept], key=lambda row: order[row["path"]])
+    module.__dict__.update(qgen_recipe=recipe, qgen_report=rows)
+    if record is not None:
+        module.__dict__["qgen_allocation"] = record
+    return model, rows
 
 
-def _waves(placed: Any, module: nn.Module, chosen: list, calls: Any, seed: int, dtype: torch.dtype) -> list[dict]:
+def _allocated(placed: Any, sites: list, recipe: Any, calls: Any, budget: Any, seed: int) -> tuple[Any, dict]:
+    """The recipe with a rule for each layer that the budget gives another format, and how that came about."""
+    from qgen.allocate import Budget, allocate
+
+    limits = (budget, None) if isinstance(budget, Budget) else (None, budget)
+    plans = allocate(placed, {"": placed}, recipe, {"": calls}, *limits, seed=seed, bar=Bars(), sites={"": sites})
+    return plans[""].recipe, plans[""].record
+
+
+def _waves(placed: Any, model: Any, chosen: list, calls: Any, seed: int, dtype: torch.dtype) -> list[dict]:
     from qgen.methods.base import Stats
     from qgen.nn import packed_layer
     from qgen.waves import Observed, Traffic, measure, plan, solve
 
+    module, whys = model.diffusion_model, {site.path: why for site, _, why in chosen}
     total = sum(p.nbytes for p in module.parameters())
-    waves = plan(chosen, max(512 << 20, total // 2), Traffic.of(module, calls) if calls else Traffic())
+    waves = plan(
+        [(site, spec) for site, spec, _ in chosen],
+        max(512 << 20, total // 2),
+        Traffic.of(module, calls) if calls else Traffic(),
+    )
     bars, rows = Bars(), []
     device = placed.anchor.device
     with bars(total=sum(len(wave.groups) for wave in waves), desc="quantize") as bar:
@@ -148,8 +181,9 @@ def _waves(placed: Any, module: nn.Module, chosen: list, calls: Any, seed: int, 
                     exchange(module, site.path, new.to(home))
                     numel = sum(p.numel() for p in old.parameters())
                     row = {**_facts(site), "spec": str(group.spec), "nbytes": new.nbytes, "bytes16": 2 * numel}
-                    rows.append({**row, "log": dict(draft.log), **error})
+                    rows.append({**row, "why": whys[site.path], "log": dict(draft.log), **error})
                 bar.update(1)
+            wind(model)  # the next wave is observed behind layers that know the time
             stats = None
     return rows
 

@@ -163,6 +163,16 @@ def _with_class(function: Callable) -> classmethod:
     return classmethod(call)
 
 
+def _of_all(function: Callable) -> classmethod:
+    """The function as a class method that is told every input and passes on those that it names, as ComfyUI calls what tells of changes."""
+    names = inspect.signature(function).parameters
+
+    def call(cls, **inputs):
+        return function(**{name: value for name, value in inputs.items() if name in names})
+
+    return classmethod(call)
+
+
 def v1(node: Node) -> type:
     """The class that V1 of ComfyUI's interface wants."""
 
@@ -193,7 +203,7 @@ def v1(node: Node) -> type:
     if node.check:
         members["VALIDATE_INPUTS"] = _with_class(node.check)
     if node.changed:
-        members["IS_CHANGED"] = _with_class(node.changed)
+        members["IS_CHANGED"] = _of_all(node.changed)
     return type(node.id, (), members)
 
 
@@ -236,7 +246,7 @@ def v3(node: Node, io: Any) -> type:
     if node.check:
         members["validate_inputs"] = _with_class(node.check)
     if node.changed:
-        members["fingerprint_inputs"] = _with_class(node.changed)
+        members["fingerprint_inputs"] = _of_all(node.changed)
     return type(node.id, (io.ComfyNode,), members)
 
 

@@ -21,6 +21,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qgen": ("qgen", {}, ".safetensors"),
     "ComfyUI: as exact as possible": ("comfy", {}, ".safetensors"),
     "ComfyUI: nvfp4": ("comfy", {"format": "nvfp4,int8"}, ".safetensors"),
+    "ComfyUI: mxfp8": ("comfy", {"format": "mxfp8,int8"}, ".safetensors"),
+    "ComfyUI: fp8": ("comfy", {"format": "fp8,int8"}, ".safetensors"),
     "ComfyUI: int8": ("comfy", {"format": "int8"}, ".safetensors"),
     "ComfyUI: convrot_w4a4": ("comfy", {"format": "convrot_w4a4,int8"}, ".safetensors"),
     "ComfyUI: svdquant_w4a4 (newer ComfyUI)": ("comfy", {"format": "svdquant_w4a4,int8"}, ".safetensors"),
@@ -28,8 +30,11 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def parts_of(patcher: Any) -> tuple[Any, list[dict]]:
-    """The parts of a patcher's diffusion model with its patches, and the report. ValueError if nothing is packed."""
+def parts_of(patcher: Any, timed: bool = False) -> tuple[Any, list[dict]]:
+    """The parts of a patcher's diffusion model with its patches, and the report. timed: whether tables over timesteps can be held.
+
+    ValueError if nothing is packed, or if there are such tables and the format cannot hold them.
+    """
     from qgen.io.parts import Parts, of_module
     from qgen.io.peers.base import Plain
     from qgen.nn.packed import Packed
@@ -42,8 +47,11 @@ def parts_of(patcher: Any) -> tuple[Any, list[dict]]:
             raise ValueError(
                 "model: its packed layers are object patches of another node; save what Quantize Model gives"
             )
-    if not any(isinstance(layer, Packed) for layer in module.modules()):
+    layers = [layer for layer in module.modules() if isinstance(layer, Packed)]
+    if not layers:
         raise ValueError("model: nothing in it was quantized by qgen; put Quantize Model before this node")
+    if not timed and any(layer.timed for layer in layers):
+        raise ValueError("format: the model has tables over timesteps, which only the format qgen holds; choose qgen")
     import comfy.model_management as management
 
     unload = getattr(management, "unload_model_and_clones", None) or management.unload_model_clones
@@ -51,7 +59,7 @@ def parts_of(patcher: Any) -> tuple[Any, list[dict]]:
     adapt(patcher)  # LoRAs of this very patcher, and no others
     rows = patcher.get_attachment(REPORT) or []
     module.__dict__["qgen_report"] = rows
-    made = of_module(module)
+    made = of_module(module, timed)
 
     def patched() -> Iterator[Any]:
         for part in made:
@@ -79,7 +87,7 @@ def save(model: Any, name: str, format: str = "qgen", folder: str = "qgen", over
         raise ValueError(
             f"name: {target.name} is there already in models/{folder}; choose another name, or turn on overwrite"
         )
-    parts, rows = parts_of(model)
+    parts, rows = parts_of(model, exporter == "qgen")
     about = _about(model)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as work:
         made = Path(work) / "made"

@@ -9,6 +9,8 @@ __all__ = ["quantize_vae"]
 import copy
 from typing import Any
 
+import torch
+
 from qgen.nodes import registry
 from qgen.nodes.packed_copy import packed_copy
 from qgen.nodes.registry import Input, Node, Output
@@ -19,7 +21,9 @@ KEPT = ("*conv_out*", "*conv_in*", "*quant_conv*")  # few weights, and an error 
 
 
 def quantize_vae(vae: Any, weights: str = "int8", activations: bool = False, part: str = PARTS[0]) -> tuple[Any]:
-    """(a copy of `vae` whose layers are packed,)."""
+    """(a copy of `vae` whose layers are packed,). BadData for weights that hold NaN, and if a small picture of the copy does: decoders in
+    float16 are known to overflow."""
+    from qgen.errors import BadData
     from qgen.recipe import Recipe, Spec
 
     fmt = WEIGHTS[weights]
@@ -31,7 +35,26 @@ def quantize_vae(vae: Any, weights: str = "int8", activations: bool = False, par
     made = copy.copy(vae)
     made.patcher = packed_copy(vae.patcher, recipe)
     made.first_stage_model = made.patcher.model
+    if not _finite(made):
+        raise BadData(
+            f"vae: the decoder with {weights} weights draws NaN; "
+            + (
+                "so does the one that came in: choose another VAE or precision"
+                if not _finite(vae)
+                else "leave it as it is"
+            )
+        )
     return (made,)
+
+
+def _finite(vae: Any) -> bool:
+    """Whether the picture of a small random latent is free of NaN; True for decoders whose latents are no pictures or videos."""
+    sides = {2: (8, 8), 3: (1, 8, 8)}.get(getattr(vae, "latent_dim", 2))
+    channels = getattr(vae, "latent_channels", None)
+    if sides is None or channels is None:
+        return True
+    latent = torch.randn(1, channels, *sides, generator=torch.Generator().manual_seed(0))
+    return not bool(torch.isnan(vae.decode(latent)).any())
 
 
 registry.register(

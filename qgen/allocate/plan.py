@@ -57,12 +57,14 @@ def allocate(
     memory: int | str | None = None,
     seed: int = 0,
     bar: Callable = lambda items=None, **_: items,
+    sites: Mapping[str, Sequence[Site]] | None = None,
 ) -> dict[str, Plan]:
     """A plan for each denoiser. The modules are left as they were.
 
     Arguments:
         recipe: gives each layer's own format and methods; layers that it keeps float stay float and are not counted in bits.
         sets: recorded calls of each denoiser, with some held out.
+        sites: of each denoiser; default: what a probe with its first call finds.
         prompts, call_kwargs: of calibration; the last `budget.prompts` of them are drawn where damage or quality is measured on pictures.
 
     Raises ValueError for budgets and qualities that cannot be read or met (with the smallest possible), or that need pictures of a bare
@@ -76,9 +78,9 @@ def allocate(
             f"{wish or how.metric} is measured on what a pipeline draws, found {type(pipe).__name__}: "
             "use the metric 'output', or quality='sqnr>=…'"
         )
+    sites = sites or {name: probe(m, sets[name].calls[0]) for name, m in denoisers.items()}
     chosen = {
-        name: [(s, spec) for s in probe(m, sets[name].calls[0]) if (spec := recipe.spec_for(s)) is not None]
-        for name, m in denoisers.items()
+        name: [(s, spec) for s in found if (spec := recipe.spec_for(s)) is not None] for name, found in sites.items()
     }
     steps = partial(ladder, narrow=_narrow(chosen, denoisers, limit))
     draw = partial(_drawer, pipe, denoisers, how, prompts, call_kwargs, seed)

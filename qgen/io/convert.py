@@ -23,7 +23,7 @@ from qgen.io.datafree import quantized
 from qgen.io.files import parse
 from qgen.io.keys import Plan, original, outward, plan
 from qgen.io.keys.deferred import defer
-from qgen.io.parts import Parts, component, config_of, floats, importer_for, model_of, of_module, unknown_file
+from qgen.io.parts import Parts, component, config_of, floats, importer_for, model_of, of_module, unknown_file, untimed
 from qgen.io.peers.base import Layer, Model, Plain, Source, exporters
 from qgen.io.peers.source import nbytes, open_source
 from qgen.io.peers.writer import SafetensorsWriter
@@ -133,7 +133,7 @@ def export(
         config = {key: value for key, value in config_of(module).items() if key != "quantization_config"}
         recipe = getattr(module, "qgen_recipe", None)
         about = Model(type(module).__name__, config, {"recipe": recipe.to_json(None)} if recipe else {})
-        parts, said = _outward(of_module(module), module.state_dict(), about.kind, keys)
+        parts, said = _outward(of_module(module, timed=to == "qgen"), module.state_dict(), about.kind, keys)
         return said + exporter.write(parts, target, about=about, **options)
     source = open_source(component(Path(x)))
     found = importer_for(source)
@@ -144,7 +144,8 @@ def export(
         recipe = header(source).recipe
         about = replace(about, metadata={"recipe": recipe.to_json(None)} if recipe else {})
     watched = source if progress is None else _Watched(source, progress)
-    parts, said = _outward(Parts(found[1].parts(watched), len(source.shapes)), source.shapes, about.kind, keys)
+    held = found[1].parts(watched) if to == "qgen" else untimed(found[1].parts(watched))
+    parts, said = _outward(Parts(held, len(source.shapes)), source.shapes, about.kind, keys)
     return said + exporter.write(parts, target, about=about, **options)
 
 

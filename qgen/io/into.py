@@ -17,7 +17,7 @@ from qgen.io.keys.fused import picked
 from qgen.io.parts import check, component, config_of, importer_for, unknown_file
 from qgen.io.peers.base import Layer, Source
 from qgen.io.peers.source import open_source
-from qgen.nn import QuantConv2d, QuantLinear
+from qgen.nn import QuantConv2d, QuantLinear, clock
 from qgen.nn.packed import Packed
 
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16}
@@ -55,6 +55,7 @@ def load_peer(path: str | Path, into: nn.Module) -> nn.Module:
         layer.fill({slot: t.to(device) for slot, t in layers[path].slots.items()})
         layer.prepare()
     skeleton.swap(into, skeleton.Plan(made))
+    clock.wind(into)
     for name, tensor in plains.items():
         if name in wanted:
             wanted_dtype = wanted[name].dtype if {tensor.dtype, wanted[name].dtype} <= _FLOATS else tensor.dtype
@@ -125,7 +126,7 @@ def _packed(into: nn.Module, path: str, layer: Layer, source: Source) -> Packed:
         raise BadCheckpoint(
             f"{source.where}: {path!r} has the shape {layer.shape}, {kind} wants {tuple(old.weight.shape)}"
         )
-    if old.bias is not None and "bias" not in layer.slots:
+    if old.bias is not None and not {"bias", "t_bias"} & layer.slots.keys():
         raise BadCheckpoint(f"{source.where}: {path!r} has no bias, and {kind} has one there")
     if wanted is nn.Conv2d:
         return QuantConv2d(old, layer.layout, layer.dtype)

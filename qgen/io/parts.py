@@ -5,6 +5,7 @@ float weight = residual · Hᵀ / smooth + up · down          float bias = bias
 
 __all__ = [
     "Parts", "Reported", "check", "component", "config_of", "floats", "importer_for", "model_of", "of_module", "to_json", "unknown_file",
+    "untimed",
 ]  # fmt: skip
 
 import json
@@ -21,9 +22,11 @@ from qgen.io.files import parse
 from qgen.io.peers.base import Importer, Layer, Model, Plain, Source, importers
 from qgen.io.peers.floats import dequantized
 from qgen.io.peers.source import json_beside
+from qgen.nn.clock import TIMED
 from qgen.nn.packed import FLOAT_SLOTS, Packed
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_TIMED = "{!r} has tables over timesteps, which no other format holds: quantize with bins=1 and export that"
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,11 @@ def model_of(source: Source) -> Model:
     return Model(kind if isinstance(kind, str) else "", config)
 
 
-def of_module(module: nn.Module) -> Parts:
-    """The parts of a live module: its packed layers in canonical layout, then everything else in its state dict."""
+def of_module(module: nn.Module, timed: bool = False) -> Parts:
+    """The parts of a live module: its packed layers in canonical layout, then everything else in its state dict.
+
+    timed: whether layers with tables over timesteps are parts too, as qgen's own checkpoint holds them; else they are a ValueError.
+    """
     layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, Packed)}
     rows = {row.get("path"): row for row in getattr(module, "qgen_report", None) or () if isinstance(row, dict)}
 
@@ -91,11 +97,12 @@ def of_module(module: nn.Module) -> Parts:
         for path, layer in layers.items():
             if layer.codes.device.type == "meta":
                 raise ValueError(f"{path!r} is offloaded and has no data here: remove offloading hooks, then export")
-            if layer.timed:
-                raise ValueError(
-                    f"{path!r} has tables over timesteps, which no other format holds: quantize with bins=1 and export that"
-                )
+            if layer.timed and not timed:
+                raise ValueError(_TIMED.format(path))
             shape, slots = tuple(layer._weight_shape()), {name: t.cpu() for name, t in layer.canonical().items()}
+            if layer.fused_from is not None and "t_shift" in slots:  # a LoRA is meant for the input without the shift
+                shifted = layer.fused_on_shift().cpu()
+                slots["t_bias"] = (slots["t_bias"].float() - shifted).to(slots["t_bias"].dtype)
             yield Reported(path, shape, layer.layout, slots, layer.compute_dtype, "", rows.get(path, {}))
         inside = tuple(path + "." for path in layers)
         for name, tensor in module.state_dict().items():
@@ -103,6 +110,14 @@ def of_module(module: nn.Module) -> Parts:
                 yield Plain(name, tensor.detach())
 
     return Parts(parts(), 8 * len(layers))
+
+
+def untimed(parts: Iterable[Layer | Plain]) -> Iterator[Layer | Plain]:
+    """The parts, for whoever cannot hold tables over timesteps; ValueError at a layer that has some."""
+    for part in parts:
+        if isinstance(part, Layer) and set(TIMED) & part.slots.keys():
+            raise ValueError(_TIMED.format(part.path))
+        yield part
 
 
 def check(layer: Layer) -> Layer:
@@ -124,7 +139,7 @@ def check(layer: Layer) -> Layer:
 
 def floats(parts: Iterable[Layer | Plain], dtype: torch.dtype | None = None) -> Iterator[Plain]:
     """Every packed layer as its float weight and bias; ordinary tensors as they are."""
-    for part in parts:
+    for part in untimed(parts):
         if isinstance(part, Plain):
             yield part
             continue

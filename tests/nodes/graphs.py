@@ -184,5 +184,12 @@ def demo_folder(base: Path) -> None:
     )
 
 
+def settings(base: Path) -> None:
+    """The user's settings with which the front end greets nobody."""
+    (base / "user" / "default").mkdir(parents=True)
+    told = {"Comfy.TutorialCompleted": True, "Comfy.ColorPalette": "light"}
+    (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(told))
+
+
 def workflow(name: str) -> dict:
     return json.loads((ROOT / "example_workflows" / name).read_text())

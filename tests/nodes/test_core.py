@@ -11,7 +11,7 @@ import pytest
 from tests import comfy_server
 from tests.nodes.graphs import ROOT
 
-WHERE = comfy_server.found()
+WHERE = comfy_server.asked()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(isinstance(WHERE, str), reason=WHERE if isinstance(WHERE, str) else ""),
@@ -27,7 +27,9 @@ def run(scenario, folder):
     )  # fmt: skip
     found = [line for line in told.stdout.splitlines() if line.startswith("SEEN ")]
     assert found, told.stderr[-3000:]
-    return json.loads(found[-1].removeprefix("SEEN "))
+    seen = json.loads(found[-1].removeprefix("SEEN "))
+    assert seen.pop("outside") == []  # no network, nothing unpickled
+    return seen
 
 
 def above(seen, floors):
@@ -73,9 +75,52 @@ def test_attention_interruption_refusals_and_exports(tmp_path):
     above(seen, {"own nvfp4": 0.9995, "own int8": 0.9995, "own convrot": 0.996})
 
 
-def test_scales_follow_the_timestep_that_comfyui_is_at(tmp_path):
+def test_a_budget_mixes_precisions_and_attention_comes_along(tmp_path):
+    seen = run("flux-budget", tmp_path)
+    small, large, good = seen["4.6 bits"], seen["6 bits"], seen["sqnr>=24"]
+    assert 4.4 < small["bits"] <= 4.6 and 5.5 < large["bits"] <= 6.0 and good["bytes"] < large["bytes"]
+    assert 0 < small["changed"] < large["changed"]
+    above(small, {"cosine": 0.9966})
+    above(large, {"cosine": 0.9990})
+    above(good, {"cosine": 0.9988})
+    for fact in ("cached", "input unchanged", "loaded is equal", "attention is another"):
+        assert seen[fact] is True, fact
+    above(seen, {"attention": 0.99999})
+    for refusal, words in zip(
+        seen["refusals"], ("connect positive", "such as '4.5 bits'", "cannot be met"), strict=True
+    ):
+        assert "budget" in refusal and words in refusal
+
+
+def test_files_of_gguf_and_nunchaku_keep_their_values(tmp_path):
+    seen = run("flux-files", tmp_path)
+    above(seen, {"gguf Q8_0": 0.99998, "gguf Q4_0": 0.9989, "nunchaku": 0.9994, "nunchaku is close": 0.9942})
+    assert seen["renamed by ComfyUI"] is True
+    assert seen["gguf Q8_0 values"] > 0.999999 and seen["gguf Q4_0 values"] > 0.999999
+    assert all("16-bit layer there" in line or "rounded to bfloat16" in line for line in seen["said"])
+
+
+@pytest.mark.parametrize("family", ["flux", "unet"])
+def test_a_model_that_does_not_fit_the_device_computes_the_same(family, tmp_path):
+    seen = run(f"{family}-lowvram", tmp_path)
+    facts = ("lowvram", "equal", "lora did something", "whole again", "after unloading", "base is back")
+    for fact in facts:
+        assert seen[fact] is True, fact
+    assert seen["left"] > 0 and seen["freed"] > 1 << 20
+
+
+def test_decoders_draw_pictures_without_nan_in_every_way_that_the_node_offers(tmp_path):
+    seen = run("flux-vae", tmp_path)
+    assert len(seen["decoded"]) == 8 and all(0 < error < 0.05 for error in seen["decoded"].values()), seen["decoded"]
+    assert all(same == ("encoder" not in name) for name, same in seen["encoded"].items())
+    assert seen["input unchanged"] is True
+    assert seen["nan"].startswith("BadData") and "NaN" in seen["nan"]
+
+
+def test_scales_follow_the_noise_level_that_comfyui_is_at_and_survive_a_file(tmp_path):
     seen = run("flux-timed", tmp_path)
-    assert seen["layers"] > 4 and seen["bins"] == 2
-    assert seen["wound"] is True
-    assert "tables over timesteps" in seen["file"]  # no file of parts holds them, and it says so
-    above(seen, {"cosine": 0.99})
+    assert seen["layers"] == seen["loaded is timed"] > 4 and seen["bins"] == 4
+    for fact in ("wound", "clock follows sigmas", "sigmas win", "loaded is equal", "back is exact"):
+        assert seen[fact] is True, fact
+    above(seen, {"cosine": 0.994, "lora": 0.965, "worn": 0.99999, "difference": 0.993, "override": 0.998})
+    assert seen["refused"].startswith("format: ") and "tables over timesteps" in seen["refused"]

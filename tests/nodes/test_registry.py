@@ -44,6 +44,11 @@ def test_results_may_show_something_and_must_fit_the_outputs():
         registry.v1(node(run=lambda a: (a, a)))().execute(a=1)
 
 
+def test_what_tells_of_changes_is_told_every_input_and_reads_its_own():
+    made = registry.v1(node(changed=lambda a: a * 2))
+    assert made.IS_CHANGED(a=3, b=4) == 6  # ComfyUI passes all inputs of the node
+
+
 def test_choices_are_asked_for_each_time_the_node_is_listed():
     now = ["one"]
     made = registry.v1(node(inputs=(Input("a", "COMBO", "Which.", choices=lambda: now),)))
@@ -105,4 +110,4 @@ print(json.dumps([sorted(offers["NODE_CLASS_MAPPINGS"]), time.process_time() - s
     shown, seconds = json.loads(done.stdout.splitlines()[-1])
     assert {"QGenQuantizeModel", "QGenSaveModel", "QGenLoadModel", "QGenAttention"} <= set(shown)
     assert "QGenLoadPipeline" not in shown  # it needs diffusers
-    assert seconds < 2.5, seconds  # 1 s on a machine that does nothing else
+    assert seconds < 1.0, seconds  # of processor time; 0.4 s were measured

@@ -25,7 +25,8 @@ BY_ROW = ("codes", "scales", "zero", "up", "bias")
 
 
 def picked(layer: Layer, rows: Tensor, path: str) -> Layer:
-    """The layer of the given rows, under another path."""
+    """The layer of the given rows, under another path. ValueError if it has tables over timesteps."""
+    _untimed([layer])
     slots = {
         slot: t[rows].contiguous() if slot in BY_ROW or (slot == "global_scale" and t.ndim) else t
         for slot, t in layer.slots.items()
@@ -34,11 +35,12 @@ def picked(layer: Layer, rows: Tensor, path: str) -> Layer:
 
 
 def joined(path: str, layers: list[Layer]) -> list[Layer | Plain]:
-    """One layer called `path`, or its float weight and bias. ValueError if the layers differ in K."""
+    """One layer called `path`, or its float weight and bias. ValueError if the layers differ in K or have tables over timesteps."""
     if len({layer.shape[1:] for layer in layers}) != 1:
         raise ValueError(f"{path!r}: {', '.join(layer.path for layer in layers)} read inputs of different widths")
     for layer in layers:
         check(layer)
+    _untimed(layers)
     first, n = layers[0], sum(layer.shape[0] for layer in layers)
     alike = len({(x.layout.weight, x.layout.act, x.layout.hadamard, x.dtype, x.kind) for x in layers}) == 1
     if not alike or not all(_equal(layers, slot) for slot in ("shift", "act_scale")):
@@ -57,6 +59,14 @@ def joined(path: str, layers: list[Layer]) -> list[Layer | Plain]:
     there = tuple(slot for slot in slots if slot not in ("codes", "scales"))
     layout = Layout(first.layout.weight, first.layout.act, rank, first.layout.hadamard, there)
     return [check(Layer(path, (n, *first.shape[1:]), layout, slots, first.dtype, note))]
+
+
+def _untimed(layers: list[Layer]) -> None:
+    for layer in layers:
+        if layer.layout.bins:
+            raise ValueError(
+                f"{layer.path!r} has tables over timesteps and can be neither fused nor cut: use it under its own names"
+            )
 
 
 def _equal(layers: list[Layer], slot: str) -> bool:

@@ -29,7 +29,7 @@ class Layer:
     """A quantized layer.
 
     path: of the module, as in the model that the file is for. shape: of the float weight, (N, K) or (N, C, kh, kw) for a convolution,
-    whose K is C · kh · kw. slots: canonical tensors by the names of `qgen.kernels.ops.SLOTS`. dtype: in which it computes.
+    whose K is C · kh · kw. slots: canonical tensors by the names of `qgen.nn.packed.STORED`. dtype: in which it computes.
     """
 
     path: str

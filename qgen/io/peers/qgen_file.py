@@ -24,7 +24,7 @@ from qgen.io.header import KEY, Header, LayerEntry, header_of, verify
 from qgen.io.parts import Reported, check, to_json
 from qgen.io.peers.base import Layer, Model, Plain, Source, exporters, importers
 from qgen.io.peers.writer import SafetensorsWriter
-from qgen.kernels.ops import SLOTS
+from qgen.nn.packed import STORED
 from qgen.recipe import Recipe
 
 _ROOM_PER_TENSOR = 400  # bytes of header: name, place, sha256, a layer's share of layout and report
@@ -52,7 +52,7 @@ class QgenImporter:
         owner = {}
         for entry in header.layers:
             prefix = entry.path + "." if entry.path else ""
-            owner |= {prefix + slot: (entry, slot) for slot in SLOTS if prefix + slot in header.tensors}
+            owner |= {prefix + slot: (entry, slot) for slot in STORED if prefix + slot in header.tensors}
         done = set()
         for name in source.shapes:
             if name not in owner:
@@ -63,7 +63,7 @@ class QgenImporter:
                 continue
             done.add(entry.path)
             prefix = entry.path + "." if entry.path else ""
-            slots = {slot: read(prefix + slot) for slot in SLOTS if owner.get(prefix + slot, (None,))[0] is entry}
+            slots = {slot: read(prefix + slot) for slot in STORED if owner.get(prefix + slot, (None,))[0] is entry}
             row = rows.get(entry.path, {})
             shape = _shape(entry, slots, row, model, source)
             yield check(Reported(entry.path, shape, entry.layout, slots, entry.dtype, "", row))
@@ -91,7 +91,9 @@ def _shape(entry: LayerEntry, slots: dict[str, Tensor], row: dict, model: Any, s
             raise BadCheckpoint(f"{source.where}: {entry.path!r} is no convolution in {type(model).__name__}")
         return tuple(layer.weight.shape)
     widest = width * 8 // formats.get(entry.layout.weight).bits
-    unpadded = next((slots[slot].shape[-1] for slot in ("smooth", "down") if slot in slots and slots[slot].ndim), None)
+    unpadded = next(
+        (slots[slot].shape[-1] for slot in ("smooth", "down", "t_shift") if slot in slots and slots[slot].ndim), None
+    )
     said = row.get("shape")
     if unpadded is None and isinstance(said, list) and len(said) == 2 and said[0] == n and type(said[1]) is int:
         unpadded = said[1]
@@ -165,7 +167,7 @@ def _tensors(part: Layer | Plain) -> Iterator[tuple[str, Tensor]]:
         yield part.name, part.tensor
         return
     prefix = check(part).path + "." if part.path else ""
-    yield from ((prefix + slot, part.slots[slot]) for slot in SLOTS if slot in part.slots)
+    yield from ((prefix + slot, part.slots[slot]) for slot in STORED if slot in part.slots)
 
 
 def _row(layer: Layer) -> dict:
