@@ -42,7 +42,7 @@ slow: $(STAMP) ## the slow tests: kernels in Triton's interpreter, servers, brow
 # Fetches ComfyUI (GPL-3, run as a program, no part of this project) and its front end into the user's cache on first use: see tests/comfy_server.py.
 comfy-test: $(STAMP) ## the nodes on a real ComfyUI server and in its front end; COMFY_ARGS goes to pytest
 	$(BIN)/python tests/comfy_server.py
-	OMP_NUM_THREADS=1 QGEN_COMFY_TEST=1 $(BIN)/python -m pytest tests/nodes tests/io/peers/test_comfy_server.py $(COMFY_ARGS)
+	OMP_NUM_THREADS=1 QGEN_COMFY_TEST=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -rs tests/nodes tests/io/peers/test_comfy_server.py $(COMFY_ARGS)
 
 lint: $(STAMP) ## ruff and the type checker
 	$(BIN)/ruff check .
