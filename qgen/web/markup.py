@@ -5,6 +5,7 @@ Everything passes through `qgen.show.page.tag`, which escapes: prompts, paths an
 
 __all__ = ["facts", "heat_map", "model", "over_prompts", "scores", "status"]
 
+import colorsys
 import math
 from typing import Any
 
@@ -180,9 +181,18 @@ def _cell(value: float | None, low: float, high: float) -> Markup:
     if value is None:
         return tag("td", "")
     share = 0.0 if high <= low else max(0.0, (value - low) / (high - low))
-    light = 94 - 62 * share  # of a blue that fades to white where errors are small; the text stays readable on both
-    ink = "#fff" if light < 58 else "#16161a"
-    return tag("td", f"{value:.0f}", style=f"background:hsl(216 70% {light:.0f}%);color:{ink}", title=f"{value:.1f} dB")
+    light = round(94 - 62 * share)  # of a blue that fades to white where errors are small
+    ink = "#fff" if _luminance(light) < 0.179 else "#000"  # where both stand out from the ground equally, by 4.6 to 1
+    return tag("td", f"{value:.0f}", style=f"background:hsl(216 70% {light}%);color:{ink}", title=f"{value:.1f} dB")
+
+
+def _luminance(light: int) -> float:
+    """Relative luminance (WCAG 2) of the heat map's blue of so many percent lightness."""
+    parts = colorsys.hls_to_rgb(216 / 360, light / 100, 0.7)
+    return sum(
+        weight * (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4)
+        for weight, v in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
+    )
 
 
 def _bars(values: list[float], label: str, width: int = 640, height: int = 150) -> Markup:
