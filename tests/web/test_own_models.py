@@ -85,7 +85,7 @@ def test_a_single_file_is_converted_saved_and_inspected(call, root, make_demo_pi
     assert "uint4_g64" in call("/inspect", model="shipped:rtn-int4", path="kept")[2]
     transformer = load_peer(root / "work" / "saved" / "kept" / "model.safetensors", into=make_demo_pipe().transformer)
     assert sum(isinstance(layer, Packed) for layer in transformer.modules()) == 50
-    with pytest.raises(Exception, match="holds neither model_index.json"):
+    with pytest.raises(Exception, match=r"holds neither model_index\.json"):
         call(
             "/generate", prompt="x", model=f"job:{job['id']}", seed=1, new=False, steps=1, guidance=3, w=0, h=0, gain=4
         )
