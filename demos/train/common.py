@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PERMISSIVE", "Average", "Emoji", "ask", "budget", "contact_sheet", "load_emoji", "words"]
+__all__ = ["PERMISSIVE", "Average", "Emoji", "ask", "budget", "contact_sheet", "descend", "load_emoji", "words"]
 
 # Noto, Noto v1 ("blob") are Apache-2.0, Fluent ("flat", "fluent") is MIT.
 PERMISSIVE = ("noto", "blob", "flat", "fluent")
@@ -80,6 +80,36 @@ class Average:
             kept = live.detach().clone()
             live.copy_(mean)
             mean.copy_(kept)
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[Tensor],
+    loss_of: Callable[[], Tensor],
+    cpu_minutes: float,
+    rate: float,
+    warmup: int,
+    every: int,
+) -> list[tuple[int, float]]:
+    """Trains until the budget is spent, leaves the averaged weights in the parameters; (step, smoothed loss) at every so many steps."""
+    parameters = list(parameters)
+    average, log, mean = Average(parameters, 0.998), [], None
+    for step, spent in enumerate(budget(cpu_minutes)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * cosine(spent, step, warmup)
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        if step % every == every - 1:
+            log.append((step + 1, mean))
+            print(f"step {step + 1}, {100 * spent:.0f} %, loss {mean:.4f}", flush=True)
+    print(f"{average.steps} steps, loss {mean:.4f}")
+    average.swap()
+    return log
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]], path: Path, scale: int = 2, gap: int = 4) -> None:

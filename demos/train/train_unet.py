@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Average, ask, budget, contact_sheet, cosine, load_emoji
-from torch import Tensor, nn
+from common import ask, contact_sheet, descend, load_emoji
+from torch import Tensor
 from train_dit import GROUPS, SHEET, STYLES, TOKENS, caption
 from train_vae import encode
 
@@ -122,23 +122,12 @@ def train(pipe, latents: Tensor, about: list[dict], args) -> list[tuple[int, flo
     parts = (pipe.unet.train(), pipe.text_encoder.train())
     parameters = [p for part in parts for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    average, log, mean = Average(parameters, 0.998), [], None
-    for step, spent in enumerate(budget(args.cpu_min)):
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * cosine(spent, step, warmup=100)
+
+    def loss() -> Tensor:
         rows = torch.randint(len(latents), (args.batch,))
-        loss = loss_of(pipe, noise, latents[rows], [caption(about[i]) for i in rows.tolist()])
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update()
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        if step % 50 == 49:
-            log.append((step + 1, mean))
-            print(f"step {step + 1}, {100 * spent:.0f} %, loss {mean:.4f}", flush=True)
-    print(f"{average.steps} steps of {args.batch}, loss {mean:.4f}")
-    average.swap()
+        return loss_of(pipe, noise, latents[rows], [caption(about[i]) for i in rows.tolist()])
+
+    log = descend(optimizer, parameters, loss, args.cpu_min, args.rate, warmup=100, every=50)
     for part in parts:
         part.eval()
     return log

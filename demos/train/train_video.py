@@ -16,9 +16,9 @@ import json
 
 import numpy as np
 import torch
-from common import Average, ask, budget, contact_sheet, cosine
+from common import ask, contact_sheet, descend
 from moving_shapes import ShapesPipeline, film, prompts, tokens
-from torch import nn
+from torch import Tensor, nn
 
 SHEET = ("red circle right", "green square down", "blue triangle left", "yellow circle up")
 
@@ -57,12 +57,10 @@ def train(model: nn.Module, args) -> list[tuple[int, float]]:
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.98))
-    average, log, mean = Average(model.parameters(), 0.998), [], None
     known, random = prompts(), torch.Generator().manual_seed(args.seed)
     model.train()
-    for step, spent in enumerate(budget(args.cpu_min)):
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * cosine(spent, step, warmup=50)
+
+    def loss() -> Tensor:
         asked = [known[i] for i in torch.randint(len(known), (args.batch,), generator=random).tolist()]
         x = torch.stack([film(prompt, random) for prompt in asked])
         told = [
@@ -73,20 +71,11 @@ def train(model: nn.Module, args) -> list[tuple[int, float]]:
         with torch.autocast("cpu", torch.bfloat16):
             text = torch.stack([tokens(prompt) for prompt in told])
             v = model((1 - at) * x + at * noise, timestep=1000 * s, encoder_hidden_states=text).sample
-        loss = (v.float() - (noise - x)).square().mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update()
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        if step % 50 == 49:
-            log.append((step + 1, round(mean, 4)))
-            print(f"step {step + 1}, {100 * spent:.0f} %, loss {mean:.4f}", flush=True)
-    print(f"{average.steps} steps of {args.batch}")
-    average.swap()
+        return (v.float() - (noise - x)).square().mean()
+
+    log = descend(optimizer, model.parameters(), loss, args.cpu_min, args.rate, warmup=50, every=50)
     model.eval().requires_grad_(False)
-    return log
+    return [(step, round(mean, 4)) for step, mean in log]
 
 
 if __name__ == "__main__":
