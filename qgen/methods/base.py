@@ -27,6 +27,10 @@ class Judge:
         self._inputs: tuple[tuple, Tensor] | None = None
         self._known: list[tuple[tuple, float]] = []
 
+    def first(self, most: int) -> "Judge":
+        """A judge on the first rows, at most so many."""
+        return Judge(*(None if t is None else t[:most] for t in (self.rows, self.bins, self.raw)))
+
     def error(self, draft: Draft) -> float:
         """Squared error of the output, relative to the float output's energy (without bias), as `Draft.error`."""
         layer = (draft.weight, draft.qweight, draft.up, draft.down, draft.smooth, draft.shift, draft.bias_fix)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qgen import formats
-from qgen.methods.base import Judge, Stats
+from qgen.methods.base import Stats
 from qgen.methods.clip import Clip
 from qgen.recipe import methods
 from qgen.site import Draft, Site
@@ -44,9 +44,7 @@ class FormatSearch:
     def refine(self, draft: Draft, stats: Stats) -> Draft:
         _check(draft.spec.weight, self.weights)
         _check(draft.spec.act, self.acts)
-        judge = Judge(
-            *(None if t is None else t[: self.rows] for t in (stats.judge.rows, stats.judge.bins, stats.judge.raw))
-        )
+        judge = stats.judge.first(self.rows)
         best = replace(draft, qweight=None)
         least, path = judge.error(best), []
         for _ in range(self.turns):

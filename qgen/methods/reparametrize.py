@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qgen.formats.vq import kmeans
-from qgen.methods.base import Judge, Stats
+from qgen.methods.base import Stats
 from qgen.recipe import methods
 from qgen.site import Draft, Site
 
@@ -45,12 +45,7 @@ class Reparametrize:
         return frozenset({"rows"})
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:
-        judge = Judge(
-            *(
-                None if t is None else t[: self.judge_rows]
-                for t in (stats.judge.rows, stats.judge.bins, stats.judge.raw)
-            )
-        )
+        judge = stats.judge.first(self.judge_rows)
         best, least, label = replace(draft, qweight=None), None, "none"
         for quantile in (None, *self.quantiles):
             trial = best if quantile is None else self._with(draft, stats, quantile)

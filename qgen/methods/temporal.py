@@ -100,19 +100,14 @@ def _centre(draft: Draft, stats: Stats, point: str) -> tuple[Draft, Stats]:
         made.append((label, replace(draft, center=center), _centred(stats, center, edges)))
         if len(means) == 1:
             break
-    errors = [Judge(*_rows(s, 512)).error(d) for _, d, s in made]
+    errors = [s.judge.first(512).error(d) for _, d, s in made]
     label, draft, stats = made[min(range(len(made)), key=errors.__getitem__)]
     return draft.noted(centred=label), stats
 
 
 def _middles(stats: Stats, count: int) -> Tensor:
     """(count, K): the middle of the fitted rows of each bin, and of all of them in the last row, and wherever a bin is empty."""
-    owner = (
-        torch.zeros(len(stats.fit), dtype=torch.int64, device=stats.fit.device)
-        if stats.fit_bins is None
-        else stats.fit_bins
-    )
-    parts = [stats.fit[owner == b] for b in range(count - 1)]
+    parts = [stats.fit[stats.fit_bins == b] for b in range(count - 1)]
     return torch.stack([sum(ranges(part if len(part) else stats.fit, 0.999)) / 2 for part in (*parts, stats.fit)])
 
 
@@ -146,12 +141,7 @@ def _centred(stats: Stats, center: Tensor, edges: Tensor) -> Stats:
 
 def fit_judge(stats: Stats, most: int) -> Judge:
     """A judge on at most so many of the fitted rows."""
-    return Judge(*(None if t is None else t[:most] for t in (stats.fit, stats.fit_bins, stats.fit_raw)))
-
-
-def _rows(stats: Stats, most: int) -> tuple[Tensor | None, ...]:
-    judge = stats.judge
-    return tuple(None if t is None else t[:most] for t in (judge.rows, judge.bins, judge.raw))
+    return Judge(stats.fit, stats.fit_bins, stats.fit_raw).first(most)
 
 
 @methods.register("static")
