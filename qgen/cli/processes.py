@@ -14,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+GRACE = 10.0  # seconds the first process gets to say itself what another one failed of
+
 
 def relaunch(args: Sequence[str], processes: int, cpu: bool) -> int:
     """Runs `qgen` with these arguments, without their --processes, in so many processes, and returns the first exit code that is not 0.
@@ -40,16 +42,25 @@ def relaunch(args: Sequence[str], processes: int, cpu: bool) -> int:
             while any(process.poll() is None for process in crew) and not any(process.poll() for process in crew):
                 time.sleep(0.1)
             code = next((process.returncode for process in crew if process.poll()), 0)
-            if code and not crew[0].poll():
-                quiet.seek(0)
-                sys.stderr.write("\n".join(quiet.read().decode(errors="replace").splitlines()[-5:]) + "\n")
+            spoke = _ends_by_itself(crew[0], GRACE if code else 0) and crew[0].returncode
         finally:
             for process in crew:
                 if process.poll() is None:
                     process.terminate()
             for process in crew:
                 _wait(process)
+        if code and not spoke:
+            quiet.seek(0)
+            sys.stderr.write("\n".join(quiet.read().decode(errors="replace").splitlines()[-5:]) + "\n")
     return code
+
+
+def _ends_by_itself(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _wait(process: subprocess.Popen) -> None:
