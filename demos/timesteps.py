@@ -38,14 +38,25 @@ def recipe_for(name: str) -> qgen.Recipe:
     return replace(recipe, default=set_bins(recipe.default), rules=rules, name=f"{name}, {bins} bin")
 
 
-def draw(pipe, prompts: list[str], setting: str) -> tuple[Tensor, Tensor]:
-    """Pictures (n, H, W, 3) and latents (n, steps, …) as the denoiser saw them."""
+def euler():
+    """Euler's method on the flow that the pipeline's own solver integrates; PixArt's pipeline asks for two things that it lacks."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    class Euler(FlowMatchEulerDiscreteScheduler):
+        init_noise_sigma = 1.0
+
+        def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+            return sample
+
+    return Euler(num_train_timesteps=1000, shift=1.0)
+
+
+def draw(pipe, prompts: list[str], setting: str) -> tuple[Tensor, Tensor]:
+    """Pictures (n, H, W, 3) and latents (n, steps, …) as the denoiser saw them."""
     seen: list[Tensor] = []
     before, steps = pipe.scheduler, SETTINGS[setting]
     if setting.startswith("Euler"):
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+        pipe.scheduler = euler()
     hook = pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).chunk(2)[0].clone()),
         with_kwargs=True,
