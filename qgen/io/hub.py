@@ -1,6 +1,6 @@
 """diffusers and transformers learn of us when they are imported, not before: `import qgen` imports neither.
 
-Registration waits for exactly the two modules that hold their tables of quantizers.
+Registration waits for exactly the modules that hold their tables: of quantizers, and diffusers' attention backends.
 """
 
 from __future__ import annotations
@@ -56,7 +56,18 @@ def _register(library: str) -> None:
         log.error("%s; models of %s cannot be saved or loaded quantized", error, library)
 
 
+def _register_attention() -> None:
+    from qgen.errors import QgenError
+    from qgen.nn import attention_backend
+
+    try:
+        attention_backend.register()
+    except QgenError as error:
+        log.error("%s", error)
+
+
 _WHEN = {
+    "diffusers.models.modeling_utils": _register_attention,
     "diffusers.quantizers.auto": functools.partial(_register, "diffusers"),
     "transformers.quantizers.auto": functools.partial(_register, "transformers"),
 }
