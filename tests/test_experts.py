@@ -146,3 +146,61 @@ def test_unknown_stacks_are_left_alone():
     qgen.quantize(model, "rtn-w4a16", calibration=[torch.randn(8, 64)], progress=False)
     (row,) = (r for r in model.qgen_report if r["kind"] == "stack")
     assert row["path"] == "1" and "stacked in one parameter, which are no layers: weights (4, 64, 64)" in row["why"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_packed_while_they_stream_in(kind, tmp_path):
+    """The checkpoint of Mixtral and Qwen holds every expert by itself, and transformers stacks them; GPT-OSS's holds the stacks."""
+    model = moe(kind)
+    model.save_pretrained(tmp_path / "float", max_shard_size="100KB")
+    kind_of, config = type(model), qgen.QGenConfig(skip=["lm_head"])
+    want = qgen.quantize(model, config.recipe, progress=False)
+    back = kind_of.from_pretrained(tmp_path / "float", quantization_config=config, dtype=torch.float32)
+    packed = {path for path, m in want.named_modules() if isinstance(m, Packed)}
+    assert {path for path, m in back.named_modules() if isinstance(m, Packed)} == packed
+    assert sum(".experts." in path for path in packed) == 2 * 2 * 4
+    assert {row["path"] for row in back.qgen_report} >= packed
+    assert torch.equal(run(back), run(want))
+    back.save_pretrained(tmp_path / "packed")
+    again = kind_of.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert torch.equal(run(again), run(back))
+
+
+def test_experts_that_a_recipe_keeps_stay_as_they_stream_in(tmp_path):
+    """All of them: a stack as before. Some of them: ordinary layers beside packed ones."""
+    moe().save_pretrained(tmp_path)
+    kind = transformers.MixtralForCausalLM
+    back = kind.from_pretrained(
+        tmp_path, quantization_config=qgen.QGenConfig(skip=["*.experts.*"]), dtype=torch.float32
+    )
+    assert back.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 96)
+    some = qgen.QGenConfig(
+        skip=["*.experts.down_proj.1", "*.self_attn.*", "*.experts.gate_up_proj.*", "*gate", "lm_head"]
+    )
+    back = kind.from_pretrained(tmp_path, quantization_config=some, dtype=torch.float32)
+    layers = back.model.layers[0].mlp.experts.down_proj.layers()
+    assert [isinstance(layer, Packed) for layer in layers] == [True, False, True, True]
+    assert torch.equal(layers[1].weight, moe().model.layers[0].mlp.experts.down_proj[1])
+    assert error(run(back), run(moe())) < 0.6
+
+
+def test_experts_of_diffusers_are_packed_while_they_stream_in(tmp_path):
+    from tests.coverage.denoisers import model_and_call
+
+    make, given = model_and_call("NucleusMoEImageTransformer2DModel")
+    model = make().eval()
+    model.save_pretrained(tmp_path / "float", max_shard_size="100KB")
+    want = qgen.quantize(model, "rtn-w4a16", progress=False)
+    packed = {path for path, m in want.named_modules() if isinstance(m, Packed)}
+    assert any(".experts." in path for path in packed)
+    back = type(model).from_pretrained(
+        tmp_path / "float", quantization_config=qgen.QGenConfig(), torch_dtype=torch.float32
+    )
+    assert {path for path, m in back.named_modules() if isinstance(m, Packed)} == packed
+    with torch.no_grad():
+        got = given.run(back)[0]
+        assert torch.equal(got, given.run(want)[0])
+    back.save_pretrained(tmp_path / "packed")
+    again = type(model).from_pretrained(tmp_path / "packed", torch_dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(given.run(again)[0], got)

@@ -1,7 +1,7 @@
 """What our quantizers for diffusers and for transformers share: both stream tensors into a model that was built on meta.
 
 Loading a checkpoint of ours: the layers are swapped before the first tensor arrives, tensors are verified, and the slots keep the dtype
-of the file, whatever dtype the user asks for. Quantizing on the fly: a layer is swapped when its weight arrives.
+of the file, whatever dtype the user asks for. Quantizing on the fly: a layer, or a stack of experts, is swapped when its weight arrives.
 """
 
 __all__ = ["Core", "describe"]
@@ -17,6 +17,7 @@ from qgen.io import onthefly, skeleton
 from qgen.io.config import QGenConfig
 from qgen.io.files import Files, scan_files
 from qgen.io.header import Header, header_of, note
+from qgen.nn.experts import Experts, restack, unstack
 from qgen.nn.packed import CAST_SLOTS, Packed
 from qgen.recipe import Recipe
 
@@ -48,18 +49,46 @@ class Core:
 
     # -- on the fly -----------------------------------------------------------------------------------------------------
     def begin(self, model: nn.Module, skip: list[str]) -> None:
-        self.steps = onthefly.steps(model, self.quantization_config.recipe, tuple(skip))
+        """Plans which weights to quantize. Stacks of experts are opened for the plan alone: they arrive as one tensor, by its name."""
+        made = unstack(model)
+        try:
+            self.steps = onthefly.steps(model, self.quantization_config.recipe, tuple(skip))
+        finally:
+            restack(made)
+        self.stacks = {one.path for one in made} & {path.rpartition(".")[0] for path in self.steps}
         self.rows: list[dict] = []
 
     def quantizes(self, model: nn.Module, name: str) -> bool:
         path, _, leaf = name.rpartition(".")
+        if name in self.stacks:
+            return not isinstance(model.get_submodule(path)._modules.get(leaf), Experts)
         return leaf == "weight" and path in self.steps and not isinstance(model.get_submodule(path), Packed)
 
-    def quantize(self, model: nn.Module, name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    def quantize(self, model: nn.Module, name: str, weight: Tensor, dtype: torch.dtype) -> list[str]:
+        """Puts packed layers in the place of what `name` belongs to; returns the paths of the layers that now hold it."""
+        if name in self.stacks:
+            return self._quantize_experts(model, name, weight, dtype)
         path = name.rpartition(".")[0]
         layer, row = onthefly.quantize(model.get_submodule(path), weight, self.steps[path], dtype)
         self.rows.append(row)
         skeleton.swap(model, skeleton.Plan({path: layer}))
+        return [path]
+
+    def _quantize_experts(self, model: nn.Module, name: str, stack: Tensor, dtype: torch.dtype) -> list[str]:
+        """The same for a stack of experts (E, N, K) or (E, K, N), one matrix after the other; those that stay float are views of it."""
+        unstack(model, {f"{name}.0"})
+        experts: Any = model.get_submodule(name)
+        paths = []
+        for number, (layer, matrix) in enumerate(zip(experts.layers(), stack, strict=True)):
+            path, weight = f"{name}.{number}", matrix.T if experts.transposed else matrix
+            if path in self.steps:
+                packed, row = onthefly.quantize(layer, weight, self.steps[path], dtype)
+                self.rows.append(row)
+                skeleton.swap(model, skeleton.Plan({path: packed}))
+            else:
+                layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            paths.append(path)
+        return paths
 
     # -- both -----------------------------------------------------------------------------------------------------------
     def end(self, model: nn.Module, dtype: torch.dtype | None) -> None:

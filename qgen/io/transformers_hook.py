@@ -111,9 +111,8 @@ class _Quantize:
     ) -> dict[str, Tensor]:
         for name, value in tensors.items():
             weight = value[0] if isinstance(value, list) else value
-            self.quantizer.quantize(model, name, weight, weight.dtype)
-            layer = model.get_submodule(name.rpartition(".")[0])
-            layer._is_hf_initialized = True
+            for path in self.quantizer.quantize(model, name, weight, weight.dtype):
+                model.get_submodule(path)._is_hf_initialized = True
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}

@@ -157,7 +157,7 @@ def _reads_by_item(part: nn.Module) -> bool | None:
     """Whether a module's stacks are transposed; None for a module that is not known to read them one by one."""
     if hasattr(part, "is_transposed") and hasattr(getattr(part, "config", None), "_experts_implementation_internal"):
         return bool(part.is_transposed)
-    return True if hasattr(part, "use_grouped_mm") and hasattr(part, "_run_experts_for_loop") else None
+    return True if "use_grouped_mm" in vars(part) and hasattr(part, "_run_experts_for_loop") else None
 
 
 def _one_by_one(part: Any) -> tuple[str, Any]:
