@@ -6,8 +6,9 @@ libraries use consistently. What a class ties together in a way that no name tel
 control branches) nothing that a block computes would reach the output.
 """
 
-__all__ = ["config", "inputs", "randomize", "signature"]
+__all__ = ["config", "inputs", "randomize", "signature", "unfilled_is_nan"]
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable
@@ -101,6 +102,18 @@ _TEXT_WIDTHS = (
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def unfilled_is_nan():
+    """Within the block memory that a class leaves as it comes (experts of NucleusMoE) is NaN, which `randomize` replaces: else what lay
+    there before would be the weights, other ones in every process."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     """Noise for every parameter that is constant or not finite, in place: gates near 1, biases near 0, matrices like a linear layer's."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,5 +126,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
                 continue
             one = bool((flat == 1).all())
             fan = p.shape[1:].numel() if p.ndim > 1 else 100
+            if p.ndim == 3 and min(p.shape[1:]) >= SMALL:  # matrices of experts, not a convolution's kernels
+                fan = p.shape[1]
             p.copy_(float(one) + torch.randn(p.shape, generator=generator) * min(1.0, fan**-0.5))
     return module.eval().requires_grad_(False)
