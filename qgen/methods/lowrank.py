@@ -24,22 +24,46 @@ class LowRank:
     """Lowers the squared error of the weight; refits lower the output error on held-out rows.
 
     rank: R, capped at a quarter of the smaller side. rounds: refits at most, one in layers of more than a million weights. iterations:
-    power iterations of the SVD.
+    power iterations of the SVD. smaller: ranks (0 = no branch) of which a layer takes the smallest whose error on held-out rows is at most
+    `slack` above that of `rank`: it then stores less and computes less.
     """
 
     name: ClassVar[str] = "lowrank"
     rank: int = 32
     rounds: int = 3
     iterations: int = 4
+    smaller: tuple[int, ...] = ()
+    slack: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.slack < 0 or any(not 0 <= r < self.rank for r in self.smaller):
+            raise ValueError(
+                f"rank is 1 or more, smaller ones lie below it and slack is not negative: found {self.rank}, {self.smaller}, {self.slack}"
+            )
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows"} if self.rounds else ())
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:
-        rank = min(self.rank, min(draft.sites[0].shape) // 4)
+        cap = min(draft.sites[0].shape) // 4
+        rank = min(self.rank, cap)
         if rank < 1:
             return draft
+        chosen = self._fitted(draft, stats, rank)
+        if stats.judge is None or not self.smaller:
+            return chosen
+        most = (1 + self.slack) * stats.judge.error(chosen)
+        for less in sorted({min(r, cap) for r in self.smaller if r < rank}):
+            trial = self._fitted(draft, stats, less)
+            if stats.judge.error(trial) <= most:
+                return trial.noted(rank=less)
+        return chosen.noted(rank=rank)
+
+    def _fitted(self, draft: Draft, stats: Stats, rank: int) -> Draft:
+        """The draft with a branch of this rank."""
         base = replace(draft, down=None, up=None, qweight=None)
+        if not rank:
+            return base.rounded()
         target = base.target()
         chosen = with_branch(base, *low_rank(target, rank, stats.seed, self.iterations)).rounded()
         if stats.judge is None or not self.rounds:

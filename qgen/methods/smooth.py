@@ -52,7 +52,9 @@ def factors(x: Tensor, w: Tensor, alpha: float, beta: float) -> Tensor:
 
 def pick(draft: Draft, stats: Stats, rows: int, candidates: list[Tensor | None]) -> Draft:
     """The draft with the best candidate smoothing (None = none) on the judge's rows, the recipe's own low-rank step inside."""
-    branch = next((replace(m, rounds=0, iterations=1) for m in draft.spec.methods if isinstance(m, LowRank)), None)
+    branch = next(
+        (replace(m, rounds=0, iterations=1, smaller=()) for m in draft.spec.methods if isinstance(m, LowRank)), None
+    )
     judge = Judge(stats.judge.rows[:rows])
 
     def scored(smooth: Tensor | None) -> Draft:

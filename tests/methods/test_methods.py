@@ -203,6 +203,23 @@ def test_low_rank_is_capped_and_seeded():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_a_layer_takes_the_smallest_rank_that_serves_it():
+    """Four strong directions: the fourth counts, more of them do not. Nothing is decided where there are no rows to judge by."""
+    g, s = torch.Generator().manual_seed(5), stats()
+    strong = torch.randn(N, 4, generator=g) @ torch.randn(4, K, generator=g)
+    d = replace(draft(), weight=strong + 0.05 * torch.randn(N, K, generator=g))
+    method = LowRank(12, smaller=(0, 2, 4, 8), slack=0.5)
+    made = method.refine(d, s)
+    assert made.up.shape[1] == made.log["rank"] == 4
+    assert s.judge.error(made) <= 1.5 * s.judge.error(LowRank(12).refine(d, s))
+    assert LowRank(12, smaller=(0, 2), slack=0.5).refine(d, s).up.shape[1] == 12
+    assert replace(method, slack=1e6).refine(d, s).up is None, "no branch at all"
+    assert method.refine(d, Stats()).up.shape[1] == 12
+    for wrong in ({"smaller": (12,)}, {"smaller": (-1,)}, {"slack": -0.1}, {"rank": 0}):
+        with pytest.raises(ValueError, match="smaller ones lie below it"):
+            replace(method, **wrong)
+
+
 # -- gptq --------------------------------------------------------------------------------------------------------------
 def test_gptq_beats_rounding_to_nearest_on_fitted_rows():
     d, s = draft(act=None), stats()
