@@ -23,13 +23,15 @@ class Budget:
 
     metric: the damage that is kept smallest; see `qgen.allocate.sensitivity`. "output", the error of the denoiser's output, needs calls
     alone; "latent", "structure", "content" and "decoupled" draw with the pipeline once per layer and candidate.
-    prompts: how many are drawn for that, or for a quality.
+    prompts: how many are drawn for that, or for a quality. exceptions: share of the activations that may stay at 16 bits where the recipe
+    rounds them, e.g. 0.01; None = as many as the rest of the budget bears, by layers that stay at 16 bits as a whole.
     """
 
     amount: float
     unit: str
     metric: str = "output"
     prompts: int = 8
+    exceptions: float | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -40,6 +42,8 @@ class Budget:
             )
         if self.prompts < 1:
             raise ValueError(f"a budget's damage is measured with at least one prompt, found prompts={self.prompts}")
+        if self.exceptions is not None and not 0 < self.exceptions <= 1:
+            raise ValueError(f"exceptions are a share of the activations, above 0 and up to 1, found {self.exceptions}")
 
     @classmethod
     def parse(cls, given: "str | Budget", **options: object) -> "Budget":

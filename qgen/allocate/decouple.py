@@ -38,6 +38,7 @@ def mixtures(
     weights: Tensor,
     limit: Limit,
     factors: Sequence[float] = FACTORS,
+    more: Sequence[Limit] = (),
 ) -> list[list[int]]:
     """The distinct choices that the factors give, without those that no choice can meet.
 
@@ -45,9 +46,10 @@ def mixtures(
         structure, content: (L, C) damages by the two metrics.
         member: (L,) bool, which layers are of the content group. weights: (L,) weights of each layer.
         limit: of a cost that grows with the number of weights, such as bits.
+        more: other limits, of which each group gets the share that its layers could cost at most.
     """
     if not bool(member.any()) or bool(member.all()):  # one group alone: nothing to share
-        return [choose(content if bool(member.all()) else structure, [limit])]
+        return [choose(content if bool(member.all()) else structure, [limit, *more])]
     large, small = float(weights[member].sum()), float(weights[~member].sum())
     ratio, average = large / small, limit.most / (large + small)
     found: list[list[int]] = []
@@ -55,8 +57,13 @@ def mixtures(
         share = average * (1 + ratio) / (k * ratio + 1)
         try:
             parts = {
-                True: choose(content[member], [Limit(limit.cost[member], k * share * large, limit.label)]),
-                False: choose(structure[~member], [Limit(limit.cost[~member], share * small, limit.label)]),
+                True: choose(
+                    content[member], [Limit(limit.cost[member], k * share * large, limit.label), *_shared(more, member)]
+                ),
+                False: choose(
+                    structure[~member],
+                    [Limit(limit.cost[~member], share * small, limit.label), *_shared(more, ~member)],
+                ),
             }
         except ValueError:
             continue  # this share is below what its group needs at least
@@ -64,7 +71,13 @@ def mixtures(
         mixed = [next(each[bool(kind)]) for kind in member]
         if mixed not in found:
             found.append(mixed)
-    return found or [choose(structure, [limit])]
+    return found or [choose(structure, [limit, *more])]
+
+
+def _shared(limits: Sequence[Limit], mask: Tensor) -> list[Limit]:
+    """Limits of some of the layers."""
+    share = lambda cost: float(cost[mask].amax(1).sum() / cost.amax(1).sum().clamp_min(1e-300))  # noqa: E731
+    return [Limit(limit.cost[mask], limit.most * share(limit.cost), limit.label) for limit in limits]
 
 
 def decoupled(found: Sequence[list[int]], score: Callable[[list[int]], float]) -> list[int]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qgen.allocate.budget import Budget, Quality, asked
 from qgen.allocate.candidates import bits_of, label, ladder
 from qgen.allocate.decouple import decoupled, is_content, mixtures
+from qgen.allocate.exceptions import limit_of, offering
 from qgen.allocate.latency import Stopwatch
 from qgen.allocate.milp import Limit, choose, smallest
 from qgen.allocate.sensitivity import Table, swapped, sweep
@@ -83,6 +84,7 @@ def allocate(
         name: [(s, spec) for s in found if (spec := recipe.spec_for(s)) is not None] for name, found in sites.items()
     }
     steps = partial(ladder, narrow=_narrow(chosen, denoisers, limit))
+    steps = offering(steps) if how.exceptions else steps
     draw = partial(_drawer, pipe, denoisers, how, prompts, call_kwargs, seed)
     outputs = [Outputs(name, module, sets[name]) for name, module in denoisers.items()]
     tools: list[Yardstick] = outputs if how.metric == "output" else []
@@ -183,10 +185,11 @@ def _pick(table: Table, how: Budget, trial: _Trial, rest: float, limit: Budget) 
     if least > limit.amount * (1 + 1e-9):
         raise ValueError(f"a budget of {limit} cannot be met: the smallest possible is {limit.text(least)}")
     inner = Limit(cost, limit.amount - fixed, f"a budget of {limit}")
+    more = [] if how.exceptions is None else [limit_of(table, how.exceptions)]
     if how.metric != "decoupled":
-        return choose(table.damage[how.metric], [inner])
+        return choose(table.damage[how.metric], [inner, *more])
     member = torch.tensor([is_content(unit) for unit in table.units])
-    found = mixtures(table.damage["structure"], table.damage["content"], member, table.numel, inner)
+    found = mixtures(table.damage["structure"], table.damage["content"], member, table.numel, inner, more=more)
     return decoupled(found, lambda choice: trial.damage(choice, "structure"))
 
 
