@@ -71,11 +71,21 @@ class Call:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Recorded calls of one denoiser. `origin` says how they were made, `dropped` which calls were left out since, and why."""
+    """Recorded calls of one denoiser. `origin` says how they were made, `dropped` which calls were left out since, and why.
+
+    texts: calls of further prompts, which only layers that read nothing but text are fitted to: they see one text a prompt, however many
+    steps are kept of it, so that few prompts overfit them first. A call's number counts through both, `calls` first.
+    """
 
     calls: tuple[Call, ...]
     origin: str = "given"
     dropped: tuple[str, ...] = ()
+    texts: tuple[Call, ...] = ()
+
+    @property
+    def numbered(self) -> tuple[Call, ...]:
+        """All calls, in the order of their numbers."""
+        return self.calls + self.texts
 
     def check(self) -> None:
         """BadData if there are no calls, or if any argument holds NaN or infinity (names the call and the argument)."""
@@ -100,26 +110,29 @@ class CalibrationSet:
         """
         if not bad:
             return self
-        said = tuple(f"{_name(self.calls[n].moment)}: {where} holds NaN or infinity" for n, where in bad.items())
+        said = tuple(f"{_name(self.numbered[n].moment)}: {where} holds NaN or infinity" for n, where in bad.items())
         if len(bad) > self.spare:
             raise BadData(
-                f"{len(bad) + len(self.dropped)} of {len(self.calls) + len(self.dropped)} calibration calls hold NaN or infinity, "
+                f"{len(bad) + len(self.dropped)} of {len(self.numbered) + len(self.dropped)} calibration calls hold NaN or infinity, "
                 f"at most a tenth can be left out; the first is {said[0]}; nothing was changed"
             )
         for line in said:
             log.warning("calibration call dropped: %s", line)
-        calls = tuple(call for n, call in enumerate(self.calls) if n not in bad)
-        return replace(self, calls=calls, dropped=(*self.dropped, *said))
+        calls, texts = (
+            tuple(call for n, call in enumerate(some, start) if n not in bad)
+            for some, start in ((self.calls, 0), (self.texts, len(self.calls)))
+        )
+        return replace(self, calls=calls, texts=texts, dropped=(*self.dropped, *said))
 
     @property
     def spare(self) -> int:
         """How many more calls may be left out."""
-        return (len(self.calls) + len(self.dropped)) // 10 - len(self.dropped)
+        return (len(self.numbered) + len(self.dropped)) // 10 - len(self.dropped)
 
     def _broken(self) -> dict[int, str]:
         """The first argument that holds NaN or infinity of each call that has one, by the call's number."""
         found: dict[int, str] = {}
-        for number, call in enumerate(self.calls):
+        for number, call in enumerate(self.numbered):
             for name, tensor in call.tensors():
                 if tensor.is_floating_point() and not _maskish(name) and not bool(torch.isfinite(tensor).all()):
                     found[number] = name
@@ -133,23 +146,30 @@ class CalibrationSet:
         """
         if any(call.moment.held for call in self.calls) or len(self.calls) < 2:
             return self
-        samples = sorted({call.moment.sample for call in self.calls})
-        by_step = len(samples) == 1
-        keys = sorted({call.moment.step for call in self.calls}) if by_step else samples
-        count = max(1, round(len(keys) * share))
-        held = {keys[int((i + 0.5) * len(keys) / count)] for i in range(count)} if len(keys) > 1 else set()
-        mark = [(call.moment.step if by_step else call.moment.sample) in held for call in self.calls]
-        calls = tuple(replace(c, moment=replace(c.moment, held=h)) for c, h in zip(self.calls, mark, strict=True))
-        return replace(self, calls=calls, origin=self.origin + (" (held out by step: one sample)" if by_step else ""))
+        by_step = len({call.moment.sample for call in self.calls}) == 1
+        calls = _held_out(self.calls, (lambda m: m.step) if by_step else (lambda m: m.sample), share)
+        texts = _held_out(self.texts, lambda m: m.sample, share)
+        origin = self.origin + (" (held out by step: one sample)" if by_step else "")
+        return replace(self, calls=calls, texts=texts, origin=origin)
 
     def digest(self) -> str:
         """sha256 over every argument: two sets with the same digest calibrate to the same bytes."""
         h = hashlib.sha256()
-        for call in self.calls:
+        for call in self.numbered:
             h.update(repr((call.moment, [(n, t.shape, t.dtype) for n, t in call.tensors()])).encode())
             for _, t in call.tensors():
                 h.update(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return h.hexdigest()
+
+
+def _held_out(calls: tuple[Call, ...], key: Callable[[Moment], int], share: float) -> tuple[Call, ...]:
+    """The calls, those of a share of the keys marked as held out."""
+    keys = sorted({key(call.moment) for call in calls})
+    if len(keys) < 2:
+        return calls
+    count = max(1, round(len(keys) * share))
+    held = {keys[int((i + 0.5) * len(keys) / count)] for i in range(count)}
+    return tuple(replace(c, moment=replace(c.moment, held=key(c.moment) in held)) for c in calls)
 
 
 class Calibrator(Protocol):

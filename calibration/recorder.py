@@ -4,14 +4,13 @@ Prompts come before steps: text-dependent layers see one text per prompt but man
 before it overfits few steps. By default every prompt contributes a few steps, spread over the whole trajectory.
 """
 
-__all__ = ["Recorder", "as_calls", "load", "save"]
+__all__ = ["Recorder", "as_calls"]
 
 import inspect
-import json
-import sys
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from qgen.calibration.base import CalibrationSet, Call, Moment, _map, calibrators
 from qgen.calibration.prompts import PROMPTS, as_prompts
 from qgen.calibration.timeline import log_snr, unit_of
-from qgen.errors import BadCheckpoint
 from qgen.nn.clock import timestep_of
 from qgen.progress import quiet
 from qgen.team import ALONE, Team
 
-_VERSION = 1
+log = logging.getLogger("qgen")
 
 
 @calibrators.register("recorder")
@@ -39,6 +37,8 @@ class Recorder:
     branches: keep the halves of classifier-free guidance, which come as one batch, as calls of their own. inputs: further arguments of the
     pipeline with one value for each prompt, {"image": [...]}: images, videos, or latents (a tensor or a list). A pipeline that takes no
     prompt is driven by them alone.
+    texts: prompts, counted with those of `samples`, that layers which read text alone are fitted to, if so many are given: of those beyond
+    `samples` one step is drawn, which costs little more than the text encoder.
     """
 
     samples: int = 128
@@ -47,6 +47,7 @@ class Recorder:
     held: float = 0.2
     branches: bool = False
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    texts: int = 128
     outputs: ClassVar[bool] = False  # whether `pick` reads the denoiser's outputs
 
     def pick(self, run: Sequence[Call], count: int, sample: int) -> list[int]:
@@ -74,27 +75,54 @@ class Recorder:
             )
         if prompts is None:
             prompts = getattr(pipe, "calibration_prompts", None) or PROMPTS
-        runs = self._runs(pipe, as_prompts(prompts, self.samples)[: self.samples], denoisers)
-        tapes = {name: _Tape(self, getattr(pipe, "scheduler", None)) for name in denoisers}
+        given = as_prompts(prompts, max(self.samples, self.texts))
+        drive = partial(self._drive, pipe, denoisers, seed=seed, progress=progress, team=team)
+        runs = self._runs(pipe, given[: self.samples], denoisers)
+        calls, texts = drive(runs, dict(call_kwargs or {})), {}
+        if further := self._further(pipe, given, call_kwargs or {}):
+            more = self._runs(pipe, further, denoisers)
+            try:
+                texts = drive(more, {**(call_kwargs or {}), "num_inference_steps": 1}, first=len(runs))
+            except Exception as error:
+                log.warning("%s draws nothing in one step (%s): no further texts", type(pipe).__name__, error)
+        origin = f"{sum(len(run.get('prompt', '1')) for run in runs)} prompts, {self.steps} steps each"
+        origin += f", {len(further)} more texts" if texts else ""
+        made = {
+            name: CalibrationSet(found, origin, texts=texts.get(name, ())) for name, found in calls.items() if found
+        }
+        return {name: calls.hold_out(self.held) for name, calls in made.items()}
+
+    def _further(self, pipe: Any, prompts: list[str], options: dict) -> list[str]:
+        """Prompts beyond `samples` that are drawn for one step; none where a pipeline's steps are told otherwise."""
+        known = inspect.signature(type(pipe).__call__).parameters
+        able = {"prompt", "num_inference_steps"} <= known.keys() and not self.inputs
+        told = {"timesteps", "sigmas", "prompt_embeds"} & {name for name, value in options.items() if value is not None}
+        return prompts[self.samples : self.texts] if able and not told else []
+
+    def _drive(
+        self, pipe: Any, denoisers: dict[str, nn.Module], runs: list[dict], options: dict, *,
+        seed: int, progress: Callable, team: Team, first: int | None = None,
+    ) -> dict[str, tuple[Call, ...]]:  # fmt: skip
+        """Calls kept of each denoiser; all of runs that are numbered from `first`, which are there for their texts."""
+        keeps = self if first is None else replace(Recorder(), branches=self.branches, steps=1 << 30)
+        tapes = {name: _Tape(keeps, getattr(pipe, "scheduler", None)) for name in denoisers}
         hooks = [d.register_forward_pre_hook(tapes[name].listen, with_kwargs=True) for name, d in denoisers.items()]
-        if self.outputs:
+        if keeps.outputs:
             hooks += [d.register_forward_hook(tapes[name].answer) for name, d in denoisers.items()]
         try:
-            share = team.mine(list(enumerate(runs)))
-            for sample, run in progress(share, desc="record", total=len(share)):
-                self._run(pipe, {**(call_kwargs or {}), **run}, seed + sample)
+            share = team.mine(list(enumerate(runs, first or 0)))
+            for sample, run in progress(share, desc="record" if first is None else "record texts", total=len(share)):
+                self._run(pipe, {**options, **run}, seed + sample)
                 for tape in tapes.values():
                     tape.rewind(sample, len(run.get("prompt", ())))
         finally:
             for hook in hooks:
                 hook.remove()
-        origin = f"{sum(len(run.get('prompt', '1')) for run in runs)} prompts, {self.steps} steps each"
-        made = {}
-        for name, tape in tapes.items():
-            calls = sorted((c for part in team.all(tape.calls) for c in part), key=lambda call: call.moment.sample)
-            if calls:
-                made[name] = CalibrationSet(tuple(calls), origin).hold_out(self.held)
-        return made
+        sample = lambda call: call.moment.sample  # noqa: E731
+        return {
+            name: tuple(sorted((c for part in team.all(tape.calls) for c in part), key=sample))
+            for name, tape in tapes.items()
+        }
 
     def _runs(self, pipe: Any, prompts: list[str], denoisers: dict[str, nn.Module]) -> list[dict[str, Any]]:
         """The arguments that differ from run to run."""
@@ -248,79 +276,3 @@ def as_calls(given: Any) -> CalibrationSet:
             )
         )
     return CalibrationSet(tuple(calls))
-
-
-def save(calibration: CalibrationSet, path: str | Path) -> None:
-    """Writes recorded calls to one safetensors file; tensors that calls share are stored once. Other arguments must be JSON."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
-
-    def stash(t: Tensor) -> dict:
-        if id(t) not in names:
-            names[id(t)] = f"t{len(names)}"
-            tensors[names[id(t)]] = t.detach().contiguous().clone()
-        return {"tensor": names[id(t)]}
-
-    rows = []
-    for call in calibration.calls:
-        output = None if call.output is None else stash(call.output)
-        rows.append(
-            {
-                "args": _map(call.args, stash),
-                "kwargs": _map(call.kwargs, stash),
-                "moment": asdict(call.moment),
-                "output": output,
-            }
-        )
-    header = json.dumps({"version": _VERSION, "origin": calibration.origin, "calls": rows})
-    temporary = Path(path).with_suffix(".tmp")
-    save_file(tensors, temporary, {"qgen_calibration": header})
-    temporary.replace(path)
-
-
-def load(path: str | Path) -> CalibrationSet:
-    """Reads what `save` wrote; BadCheckpoint if the file is anything else."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["qgen_calibration"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if header["version"] != _VERSION:
-            raise BadCheckpoint(f"{path}: recorded calls of version {header['version']}, this qgen reads {_VERSION}")
-        calls = tuple(_call(row, tensors) for row in header["calls"])
-        if not isinstance(header["origin"], str):
-            raise ValueError("its origin is no text")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path}: not a file of recorded calls ({error})") from None
-    return CalibrationSet(calls, header["origin"])
-
-
-def _call(row: dict, tensors: dict[str, Tensor]) -> Call:
-    """One call out of the header of a file that nobody vouches for."""
-    args, kwargs, output = (_unstash(row[name], tensors) for name in ("args", "kwargs", "output"))
-    if not isinstance(args, list) or not isinstance(kwargs, dict) or not (output is None or isinstance(output, Tensor)):
-        raise ValueError("a call is a list of arguments, an object of named ones and an output")
-    moment = Moment(**row["moment"])
-    kinds = {"sample": int, "step": int, "t": float, "log_snr": float, "branch": str, "held": bool}
-    for name, value in asdict(moment).items():
-        if not (isinstance(value, kinds[name]) or (kinds[name] is float and (value is None or type(value) is int))):
-            raise ValueError(f"{name} of a call is {kinds[name].__name__}, found {value!r}")
-    return Call(tuple(args), kwargs, moment, output)
-
-
-def _unstash(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        return (
-            tensors[value["tensor"]]
-            if set(value) == {"tensor"}
-            else {k: _unstash(v, tensors) for k, v in value.items()}
-        )
-    return [_unstash(v, tensors) for v in value] if isinstance(value, list) else value
-
-
-# A folder without __init__.py has no place for functions, so the public verbs are hung on it here (`record` in qgen/engine.py).
-for _verb in (save, load):
-    setattr(sys.modules["qgen.calibration"], _verb.__name__, _verb)

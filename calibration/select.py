@@ -113,7 +113,8 @@ class FewStep(Recorder):
         self, pipe: Any, denoisers: dict, prompts: Sequence[str] | None = None, *args: Any, **kwargs: Any
     ) -> dict[str, CalibrationSet]:
         length = max(
-            len(s.calls) for s in replace(self, samples=1).calls_of(pipe, denoisers, prompts, *args, **kwargs).values()
+            len(s.calls)
+            for s in replace(self, samples=1, texts=0).calls_of(pipe, denoisers, prompts, *args, **kwargs).values()
         )
         many = replace(self, samples=max(1, math.ceil(self.samples * self.steps / length)))
         return many.calls_of(pipe, denoisers, prompts, *args, **kwargs)

@@ -57,7 +57,7 @@ class Synthetic:
         elif isinstance(pipe, nn.Module):
             raise ValueError(f"{type(pipe).__name__} is no pipeline: show one of its calls, Synthetic(example={{...}})")
         else:
-            seen = Recorder(samples=1, steps=1).calls(pipe, denoisers, list(PROMPTS[:1]), call_kwargs, seed)
+            seen = Recorder(samples=1, steps=1, texts=0).calls(pipe, denoisers, list(PROMPTS[:1]), call_kwargs, seed)
         generator = torch.Generator().manual_seed(seed)
         made = {}
         for name, found in seen.items():

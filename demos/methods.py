@@ -6,9 +6,12 @@ Each line quantizes the pipeline twice, with the same formats (or those named) a
 with it. PSNR is against the 16-bit pipeline's pictures from the same noise, on prompts whose names calibration never saw; the gain is the
 mean of the paired differences with its 95 % bootstrap interval over prompts. The model is small and its activations are mild: a method that
 lives on outliers gains more on large models, and one that overfits loses more here. Lines of attention round nothing but its probabilities.
+The line of MixDQ's start token draws with the UNet of `demos/unet.py`, which reads CLIP, and rounds nothing but what reads the text.
 """
 
 import argparse
+import functools
+import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,7 @@ from qgen.methods.reparametrize import Reparametrize
 from qgen.methods.rotate import Rotate
 from qgen.methods.signround import SignRound
 from qgen.methods.smooth import Smooth
+from qgen.methods.start_token import StartToken
 from qgen.methods.temporal import Center, Static
 from qgen.methods.vq4dit import VQ4DiT
 from qgen.nn.probabilities import ProbabilitySpec, simulated
@@ -41,7 +45,7 @@ from qgen.nn.probabilities import ProbabilitySpec, simulated
 class Line:
     """A comparison: `refined` against `base`. card: paper; where: module of qgen that holds the idea.
 
-    vector: methods of time and modulation layers in `refined`.
+    vector: methods of time and modulation layers in `refined`. text: whether it is about the UNet's layers that read text alone.
     """
 
     key: str
@@ -50,6 +54,7 @@ class Line:
     base: Spec | ProbabilitySpec
     refined: Spec | ProbabilitySpec
     vector: tuple = ()
+    text: bool = False
 
 
 def _line(key: str, card: str, where: str, weight: str, act: str | None, before: tuple, method: Any) -> Line:
@@ -110,6 +115,14 @@ LINES = (
         STATIC,
         Spec("int4_g64", "int8_row", (Center("middle"), Reparametrize(), Static())),
     ),
+    Line(
+        "mixdq",
+        "MixDQ: the start token apart",
+        "methods.start_token",
+        Spec("int8_row", "int8_row", (Static(),)),
+        Spec("int8_row", "int8_row", (StartToken(), Static())),
+        text=True,
+    ),
     Line("dgq", "DGQ: 16 groups of channels", "methods.reparametrize", BINNED, GROUPED),
     Line(
         "log2",
@@ -147,6 +160,17 @@ def recipe_of(spec: Spec, vector: tuple = ()) -> Recipe:
     return Recipe(spec, (rule, Rule("*", None, role="outside", why="embedder or head")), "line")
 
 
+def pipeline_for(text: bool) -> Any:
+    """The shipped pipeline, or the UNet that reads CLIP."""
+    if not text:
+        return qgen.demo_pipeline()
+    spec = importlib.util.spec_from_file_location("unet", Path(__file__).with_name("unet.py"))
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    return demo.pipeline()
+
+
 def words(spec: Spec | ProbabilitySpec, vector: tuple = ()) -> str:
     if isinstance(spec, ProbabilitySpec):
         return f"probabilities in {spec.kind}, {spec.bits} bits"
@@ -171,26 +195,33 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     prompts = demo_prompts("held_out")[: options.n]
-    reference = generate(qgen.demo_pipeline(), prompts, progress=False)
-    calls = record(qgen.demo_pipeline(), demo_prompts("calibration"), samples=options.samples, steps=4, progress=False)
     known: dict[tuple, torch.Tensor] = {}
 
-    def score(spec: Spec | ProbabilitySpec, vector: tuple = ()) -> torch.Tensor:
-        if (spec, vector) not in known:
-            pipe, around = qgen.demo_pipeline(), nullcontext()
+    @functools.cache
+    def float_model(text: bool) -> tuple[torch.Tensor, Any]:
+        """Pictures of the 16-bit pipeline, and recorded calls."""
+        pipe = pipeline_for(text)
+        calls = record(pipe, demo_prompts("calibration"), samples=options.samples, steps=4, progress=False)
+        return generate(pipe, prompts, progress=False), calls
+
+    def score(spec: Spec | ProbabilitySpec, vector: tuple = (), text: bool = False) -> torch.Tensor:
+        if (spec, vector, text) not in known:
+            pipe, around = pipeline_for(text), nullcontext()
+            reference, calls = float_model(text)
             if isinstance(spec, ProbabilitySpec):
                 around = simulated(spec.kind, spec.bits, spec.apart, spec.scope)
             else:
-                qgen.quantize(pipe, recipe_of(spec, vector), calibration=calls, progress=False)
+                how = Recipe(None, (Rule("*", spec, role="context"),), "line") if text else recipe_of(spec, vector)
+                qgen.quantize(pipe, how, calibration=calls, progress=False)
             with around:
-                known[spec, vector] = psnr(generate(pipe, prompts, progress=False), reference)
-        return known[spec, vector]
+                known[spec, vector, text] = psnr(generate(pipe, prompts, progress=False), reference)
+        return known[spec, vector, text]
 
     rows = []
     for line in LINES:
         if options.only and line.key not in options.only.split(","):
             continue
-        base, refined = score(line.base), score(line.refined, line.vector)
+        base, refined = score(line.base, text=line.text), score(line.refined, line.vector, line.text)
         gap = bootstrap_difference(refined, base)
         bits = "/".join(dict.fromkeys(map(bits_of, (line.base, line.refined))))
         rows.append(
@@ -200,7 +231,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     head = "| card | where | bits per weight | refines: PSNR dB | with it: PSNR dB | gain, 95 % interval |\n|---|---|---|---|---|---|"
     about = "\n".join(__doc__.strip().splitlines()[4:])
-    conditions = f"{options.n} prompts, 20 steps; calibrated on {options.samples} prompts x 4 steps; float32 on a CPU."
+    conditions = f"{options.n} prompts, 20 steps (the UNet: 10); calibrated on {options.samples} prompts x 4 steps; float32 on a CPU."
     command = f"python demos/methods.py --n {options.n} --samples {options.samples}"
     text = (
         f"# Published methods, measured\n\n{about}\n\n{conditions} Written by `{command}`.\n\n{head}\n"

@@ -1,16 +1,17 @@
 """Timestep-aware against timestep-blind quantization on the shipped pipeline, and what the modulation cache saves.
 
-    python demos/timesteps.py [--pairs temporal-int4,temporal-int4:1 …] [--n 64] [--samples 192] [--threads 1] [--json out.json]
+    python demos/timesteps.py [--pairs temporal-int4,temporal-int4:1 …] [--n 64] [--samples 192] [--threads 1] [--out demos/timesteps.md]
     python demos/timesteps.py --modulation
 
-A pair is two recipes; "name:1" is the recipe with one bin of timesteps. Both draw the same held-out prompts from the same noise with the
-pipeline's own scheduler and 20 steps, with 10 steps, and with another scheduler (Euler), none of which but the first was calibrated. Given
-are PSNR of the pictures and the relative RMS error of the latents along the trajectory, against the 16-bit pipeline under the same
-settings, with 95 % bootstrap intervals of the paired differences over prompts.
+A pair is two recipes; "name:1" is the recipe with one bin of timesteps, "name@40" with rank 40. Both draw the same held-out prompts from
+the same noise with the pipeline's own scheduler and 20 steps, with 10 steps, and with another scheduler (Euler), none of which but the
+first was calibrated. Given are PSNR of the pictures and the relative RMS error of the latents along the trajectory, against the 16-bit
+pipeline under the same settings, with 95 % bootstrap intervals of the paired differences over prompts; bytes are of the denoiser, of 16
+bits. The cache of modulation outputs is measured on random models with the shapes of three families.
 """
 
 import argparse
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,20 +23,34 @@ from qgen.calibration.recorder import Recorder
 from qgen.demo import demo_prompts
 from qgen.eval.bootstrap import bootstrap_difference
 from qgen.eval.generate import generate
+from qgen.methods.lowrank import LowRank
 
-PAIRS = ("temporal-int4,temporal-int4:1", "temporal-int4,svdquant-int4", "w4a8-static,w4a8", "w4a8-static:1,w4a8")
+PAIRS = (
+    "temporal-int4,temporal-int4:1", "temporal-int4,svdquant-int4", "temporal-int4,svdquant-int4@40",
+    "w4a8-static,w4a8", "w4a8-static:1,w4a8",
+)  # fmt: skip
 SETTINGS = {"20 steps": 20, "10 steps": 10, "Euler, 20 steps": 20}
 
 
 def recipe_for(name: str) -> qgen.Recipe:
-    """The recipe `name`; "name:bins" with so many bins of timesteps."""
-    name, _, bins = name.partition(":")
-    recipe = qgen.recipes.get(name)
-    if not bins:
-        return recipe
-    set_bins = lambda spec: spec and replace(spec, bins=int(bins))  # noqa: E731
-    rules = tuple(replace(rule, spec=set_bins(rule.spec)) for rule in recipe.rules)
-    return replace(recipe, default=set_bins(recipe.default), rules=rules, name=f"{name}, {bins} bin")
+    """The recipe `name`; "name:bins" with so many bins of timesteps, "name@rank" with branches of that rank."""
+    plain, bins, rank = re.fullmatch(r"([^:@]+)(?::(\d+))?(?:@(\d+))?", name).groups()
+    recipe = qgen.recipes.get(plain)
+
+    def changed(spec: qgen.Spec | None) -> qgen.Spec | None:
+        if spec is None:
+            return None
+        ranked = lambda m: replace(m, rank=int(rank)) if rank and isinstance(m, LowRank) else m  # noqa: E731
+        return replace(spec, bins=int(bins or spec.bins), methods=tuple(map(ranked, spec.methods)))
+
+    rules = tuple(replace(rule, spec=changed(rule.spec)) for rule in recipe.rules)
+    return replace(recipe, default=changed(recipe.default), rules=rules, name=name)
+
+
+def size(pipe) -> float:
+    """Bytes of the quantized layers, those kept float included, over what they take in 16 bits."""
+    report = pipe.transformer.qgen_report
+    return sum(row.get("nbytes", 0) for row in report) / sum(row.get("bytes16", 0) for row in report)
 
 
 def euler():
@@ -84,22 +99,24 @@ def compare(options: argparse.Namespace) -> list[dict]:
     recorder = Recorder(samples=options.samples, steps=8)
     calls = recorder.calls(pipe, {"transformer": pipe.transformer}, demo_prompts("calibration"))
     known: dict[str, dict[str, dict[str, Tensor]]] = {}
-    results, scores_of = [], ("psnr_db", "trajectory")
+    sizes: dict[str, float] = {}
+    results = []
     for pair in options.pairs:
         for name in pair.split(","):
             if name not in known:
-                pipe = qgen.quantize(qgen.demo_pipeline(), recipe_for(name), calibration=calls)
+                pipe = qgen.quantize(qgen.demo_pipeline(), recipe_for(name), calibration=calls, progress=False)
+                sizes[name] = size(pipe)
                 known[name] = {s: scores(draw(pipe, prompts, s), wanted[s]) for s in SETTINGS}
         a, b = pair.split(",")
         for setting in SETTINGS:
-            row: dict = {"a": a, "b": b, "setting": setting}
-            for what in scores_of:
+            row = {"pair": f"`{a}` over `{b}`", "bytes": f"{sizes[a]:.3f} / {sizes[b]:.3f}", "setting": setting}
+            for what, digits in (("psnr_db", 2), ("trajectory", 4)):
                 x, y = known[a][setting][what], known[b][setting][what]
                 gap = bootstrap_difference(x, y)
-                row[what] = {"a": float(x.mean()), "b": float(y.mean()), "gap": [gap.mean, gap.low, gap.high]}
-            told = "; ".join(f"{w} {row[w]['a']:.4g} - {row[w]['b']:.4g}, gap {row[w]['gap']}" for w in scores_of)
-            print(f"{a} - {b}, {setting}: {told}", flush=True)
+                interval = f"{gap.mean:+.{digits}f} [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]"
+                row[what] = f"{x.mean():.{digits}f} / {y.mean():.{digits}f} | {interval}"
             results.append(row)
+            print(" | ".join(row.values()), flush=True)
     return results
 
 
@@ -169,12 +186,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="with --modulation: steps of the schedule")
     parser.add_argument("--modulation", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = (modulation if options.modulation else compare)(options)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    caches = modulation(options)
+    if not options.modulation:
+        options.out.write_text(page(compare(options), caches, options), encoding="utf-8")
+
+
+def page(pairs: list[dict], caches: list[dict], options: argparse.Namespace) -> str:
+    """The page for the docs."""
+    lines = [
+        "# Timesteps, measured", "", *__doc__.strip().splitlines()[5:], "",
+        f"{options.n} held-out prompts, guidance 3, {options.samples} calibration prompts; float32 on a CPU. Written by",
+        f"`python demos/timesteps.py --n {options.n} --samples {options.samples} --threads {options.threads}`.", "",
+        "| pair | bytes | setting | PSNR, dB | gain | trajectory error | change |", "|---|---|---|---|---|---|---|",
+        *(f"| {' | '.join(row.values())} |" for row in pairs), "",
+        f"## The modulation cache, {options.steps} steps", "",
+        "| model | its bytes in 16 bits | weights that a filled cache makes idle | the table instead |", "|---|---|---|---|",
+        *(f"| {c['model']} | {c['model_bytes'] / 1e6:.1f} MB | {c['weight_bytes'] / 1e6:.1f} MB | {c['table_bytes'] / 1e6:.2f} MB |"
+          for c in caches),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -13,19 +13,17 @@ import functools
 import inspect
 import shlex
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qgen
-from qgen import Recipe, Rule, Spec
+from qgen import recipes
 from qgen.calibration.recorder import Recorder
 from qgen.demo import assets_dir, demo_prompts
 from qgen.eval.bootstrap import bootstrap_difference
 from qgen.eval.generate import generate
-from qgen.methods.smooth import Smooth
 from qgen.show.pictures import grid
 
 HERE = Path(__file__).resolve().parent
@@ -34,31 +32,9 @@ METRICS = ("psnr", "ssim", "lpips", "fid", "clip")
 COLUMNS = ("noto red apple", "noto grinning face", "noto frog", "flat cactus")
 
 
-@dataclass(frozen=True)
-class Line:
-    """A recipe, and what it does with convolutions: None = whatever the recipe does with linear layers."""
-
-    label: str
-    recipe: str
-    convolutions: Spec | None = None
-
-
-EIGHT, SMOOTHED = Spec("int8_row", "int8_row"), Spec("int8_row", "int8_row", (Smooth(),))
-LINES = (
-    Line("rtn-int4", "rtn-int4", EIGHT),
-    Line("svdquant-int4", "svdquant-int4", SMOOTHED),
-    Line("w4a8", "w4a8", SMOOTHED),
-    Line("svdquant-int4, convolutions W4A4", "svdquant-int4"),
-)
-
-
-def recipe_of(line: Line) -> Recipe:
-    """Rules for convolutions come first: embedders, heads and narrow layers keep their own."""
-    recipe = qgen.recipes.get(line.recipe)
-    if line.convolutions is None:
-        return recipe
-    rule = Rule("*", line.convolutions, kind="conv2d", why="convolution: 8 bits")
-    return replace(recipe, rules=(rule, *recipe.rules), name=line.label)
+# Named recipes keep convolutions at 8 bits; the last line treats them as linear layers, at 4.
+LINES = {name: recipes.get(name) for name in ("rtn-int4", "svdquant-int4", "w4a8")}
+LINES["svdquant-int4, convolutions W4A4"] = recipes.get("svdquant-int4").without("conv*")
 
 
 def pipeline() -> Any:
@@ -107,21 +83,21 @@ def main() -> None:
     recorder = Recorder(samples=options.samples, steps=options.steps)
     calls = recorder.calls(pipe, {"unet": float_unet}, demo_prompts("calibration"))
     results: list[dict] = []
-    for line in LINES:
-        if options.only and line.label not in options.only.split(";"):
+    for label, recipe in LINES.items():
+        if options.only and label not in options.only.split(";"):
             continue
         pipe.unet = copy.deepcopy(float_unet)
-        qgen.quantize(pipe, recipe_of(line), calibration=calls, progress=False)
+        qgen.quantize(pipe, recipe, calibration=calls, progress=False)
         scores = qgen.evaluate(pipe, reference=reference, prompts=prompts, metrics=METRICS, real=real, progress=False)
         report = pipe.unet.qgen_report
         size = sum(row.get("nbytes", 0) for row in report) / sum(row.get("bytes16", 0) for row in report)
         psnr = torch.tensor(scores.per_prompt["psnr"])
         gap = bootstrap_difference(psnr, results[0]["psnr"]) if results else None
         output = next((row["sqnr_db"] for row in report if row["path"] == "(output)"), float("nan"))
-        results.append({"label": line.label, "size": size, "scores": scores, "psnr": psnr, "gap": gap})
-        print(f"{line.label}: output SQNR {output:.2f} dB\n{scores.table()}", flush=True)
-        if line.convolutions is not None:
-            shown.append((line.label.replace(", ", "\n"), generate(pipe, COLUMNS, progress=False)))
+        results.append({"label": label, "size": size, "scores": scores, "psnr": psnr, "gap": gap})
+        print(f"{label}: output SQNR {output:.2f} dB\n{scores.table()}", flush=True)
+        if recipe == recipes.get(recipe.name):  # what a user gets by name
+            shown.append((label, generate(pipe, COLUMNS, progress=False)))
     about = "\n".join(__doc__.strip().splitlines()[4:])
     command = shlex.join(["python", "demos/unet.py", *sys.argv[1:]])
     text = (

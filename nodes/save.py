@@ -52,6 +52,8 @@ def parts_of(patcher: Any, timed: bool = False) -> tuple[Any, list[dict]]:
         raise ValueError("model: nothing in it was quantized by qgen; put Quantize Model before this node")
     if not timed and any(layer.timed for layer in layers):
         raise ValueError("format: the model has tables over timesteps, which only the format qgen holds; choose qgen")
+    if not timed and any(layer.known_x is not None for layer in layers):
+        raise ValueError("format: the model keeps outputs of known rows, which only the format qgen holds; choose qgen")
     import comfy.model_management as management
 
     unload = getattr(management, "unload_model_and_clones", None) or management.unload_model_clones

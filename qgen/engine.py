@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qgen import recipes
+from qgen import parting, recipes
 from qgen.allocate import allocate, asked
+from qgen.calibration import files  # noqa: F401 (hangs `save` and `load` on the folder)
 from qgen.calibration.base import CalibrationSet, Call
 from qgen.calibration.prompts import as_prompts
 from qgen.calibration.recorder import Recorder, as_calls
@@ -38,6 +39,7 @@ from qgen.nn.attention import remove
 from qgen.nn.experts import opened
 from qgen.nn.kinds import empty
 from qgen.nn.packed import Layout, Packed
+from qgen.nn.parted import part, whole_path
 from qgen.nn.stacks import stacked
 from qgen.probe import probe, routed, static_sites
 from qgen.progress import bars
@@ -108,7 +110,10 @@ def quantize(
     if keep := adapter.keep_float():
         resolved = resolved.skip(*keep, why=f"kept float in {type(adapter).__name__}")
     words = f"{type(pipe_or_module).__name__}, recipe {resolved.name!r}, seed {seed}"
-    with team_for(distributed, words) as team, _evaluating(denoisers.values()), opened(denoisers.values()):
+    with (
+        team_for(distributed, words) as team, _evaluating(denoisers.values()), opened(denoisers.values()),
+        parting.opened(denoisers.values()),
+    ):  # fmt: skip
         bar = bars(progress if team.rank == 0 else False)
         wanted = any(limits) or attention is not None
         sets = _calls(pipe_or_module, denoisers, resolved, calibration, prompts, call_kwargs, seed, bar, wanted, team)
@@ -203,6 +208,7 @@ class _Job:
     kept: list[dict]
     seed: int
     starved: dict[str, str] = field(default_factory=dict)  # experts with too few tokens, and why
+    parted: dict[str, tuple[Site, str]] = field(default_factory=dict)  # what layers in parts were, and why they are
     originals: dict[str, nn.Module] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
     outputs: list[tuple[Call, torch.Tensor]] = field(default_factory=list)
@@ -212,7 +218,18 @@ class _Job:
         cls, name: str, module: nn.Module, recipe: Recipe, calls: CalibrationSet | None, memory: Any, seed: int
     ) -> "_Job":
         recipe = timed_or_blind(recipe, calls, name or type(module).__name__)
+        total = sum(p.nbytes for p in module.parameters())
+        # where later layers see what earlier ones lost is a question of the model alone, not of memory
+        budget = max(512 << 20, total // 2)
+        most = budget if memory is None else parse_bytes(memory)
         sites = probe(module, calls.calls[0]) if calls else static_sites(module)
+        parted: dict[str, tuple[Site, str]] = {}
+        if calls:
+            asked_for = [(site, spec) for site in sites if (spec := recipe.spec_for(site)) is not None]
+            parted = parting.choose(module, asked_for, calls, most, seed)
+            for site, _ in parted.values():
+                part(module, site.path, site.parts)
+            sites = probe(module, calls.calls[0]) if parted else sites
         tokens: dict[str, int] = {}
         starved: dict[str, str] = {}
         if calls:
@@ -220,7 +237,7 @@ class _Job:
         chosen: list[tuple[Site, Spec]] = []
         kept = stacked(module)
         for site in sites:
-            spec, why = recipe.resolve(site)
+            spec, why = recipe.resolve(_whole(site, parted)[0])
             if spec is None:
                 layer = module.get_submodule(site.path)
                 kept.append({**_facts(site), "spec": "float", "kernel": "", "why": why, **_sizes(layer, layer)})
@@ -233,13 +250,9 @@ class _Job:
             raise NotQuantizable(
                 f"recipe {recipe.name!r} keeps all {len(sites)} layers of {type(module).__name__} float: nothing to do"
             )
-        total = sum(p.nbytes for p in module.parameters())
-        # where later layers see what earlier ones lost is a question of the model alone, not of memory
-        budget = max(512 << 20, total // 2)
         traffic = Traffic.of(module, calls) if calls else Traffic()
-        most = budget if memory is None else parse_bytes(memory)
         waves = [passes(wave, most, traffic) for wave in plan(chosen, budget, traffic)]
-        return cls(name, module, recipe, calls, waves, kept, seed, starved)
+        return cls(name, module, recipe, calls, waves, kept, seed, starved, parted)
 
     def run(self, bar: Callable, checkpoint: str | Path | None, team: Team) -> None:
         journals: list[Journal] | None = [] if checkpoint else None  # one, of rank 0 alone: what it reads all get
@@ -329,7 +342,8 @@ class _Job:
         for site, (draft, index, error) in zip(group.sites, solved, strict=True):
             old: Any = self.module.get_submodule(site.path)
             new = packed_layer(draft, old, index)
-            why = self.recipe.resolve(site)[1] + self.starved.get(site.path, "")
+            whole, in_parts = _whole(site, self.parted)
+            why = self.recipe.resolve(whole)[1] + self.starved.get(site.path, "") + in_parts
             if draft.k_padded != site.shape[1]:
                 why += f"; K padded from {site.shape[1]} to {draft.k_padded}"
             row = {
@@ -472,6 +486,11 @@ def _first(output: Any) -> torch.Tensor:
     while not isinstance(output, torch.Tensor):
         output = output[0] if not isinstance(output, dict) else next(iter(output.values()))
     return output
+
+
+def _whole(site: Site, parted: dict[str, tuple[Site, str]]) -> tuple[Site, str]:
+    """The site for which a recipe speaks, of a part the layer that was parted, and words for the report."""
+    return parted.get(whole_path(site.path), (site, ""))
 
 
 def _facts(site: Site) -> dict:

@@ -3,7 +3,8 @@
 Two layers share an input when they are given the same memory, unchanged, while it is alive. A block is the entry of the outermost
 `ModuleList` that a layer lives in. A layer outside every block is an embedder or a head; one that
 sees a single row per sample (time embeddings, adaLN modulation) works on vectors. An input that several blocks read, the very same tensor,
-is context: text for cross-attention, which does not change from step to step.
+is context: text for cross-attention, which does not change from step to step. Whoever reads what `torch.cat` has made, itself or after a
+norm and an activation, knows the channels of its parts.
 """
 
 __all__ = ["blocks_of", "input_of", "probe", "routed", "static_sites"]
@@ -15,12 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qgen.calibration.base import Call
 from qgen.errors import NotQuantizable
 from qgen.nn.experts import Experts
 from qgen.nn.kinds import is_layer, kind_of, shape_of
 from qgen.site import Site
+
+# What leaves channels where they are, whatever it does to them.
+_CHANNELWISE = (nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.GELU, nn.ReLU, nn.Mish, nn.Dropout, nn.Dropout2d, nn.Identity)
 
 
 def probe(module: nn.Module, call: Call) -> list[Site]:
@@ -33,7 +38,7 @@ def probe(module: nn.Module, call: Call) -> list[Site]:
         if path and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             hooks.append(child.register_forward_hook(watch.leaving))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _Joins(watch):
             call.run(module)
     finally:
         for hook in hooks:
@@ -129,6 +134,7 @@ class _Watch:
         self.seen: set[str] = set()
         self.inputs: dict[tuple, tuple[weakref.ref, str]] = {}
         self.made: dict[tuple, tuple[weakref.ref, str]] = {}
+        self.joined: dict[tuple, tuple[weakref.ref, tuple[int, tuple]]] = {}  # axis and sizes of what was concatenated
 
     def entering(self, path: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -147,6 +153,8 @@ class _Watch:
             )  # (M, K): tokens of all samples, or one row for each
             rows = x.shape[2:].numel() if conv else max(1, x.numel() // max(1, x.shape[-1] * samples))
             shape = shape_of(layer)
+            axis, parts = _recall(self.joined, x) or (0, ())
+            parts = parts if axis == (1 if conv else x.ndim - 1) and x.ndim > 1 else ()
             role = "vector" if rows == 1 and not conv else "inside" if block or not self.blocks.any else "outside"
             self.sites.append(
                 Site(
@@ -159,14 +167,39 @@ class _Watch:
                     rows,
                     _recall(self.made, x),
                     role,
+                    parts,
                 )
             )
 
         return hook
 
     def leaving(self, module: nn.Module, args: tuple, output) -> None:
-        if isinstance(output, Tensor) and _recall(self.made, output) == "":
+        if isinstance(output, Tensor) and not _recall(self.made, output):
             self.made[_key(output)] = (weakref.ref(output), type(module).__name__)
+            if isinstance(module, _CHANNELWISE) and args and (parts := _recall(self.joined, args[0])):
+                self.joined[_key(output)] = (weakref.ref(output), parts)
+
+
+class _Joins(TorchFunctionMode):
+    """Tells a watch which tensors are concatenations, of which sizes along which axis."""
+
+    def __init__(self, watch: _Watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(out, Tensor):
+            axis, sizes = _sizes(out.ndim, *args, **(kwargs or {}))
+            if len(sizes) > 1:
+                self.watch.joined[_key(out)] = (weakref.ref(out), (axis, sizes))
+        return out
+
+
+def _sizes(ndim: int, tensors: Any, dim: int = 0, *, axis: int | None = None, out: Any = None) -> tuple[int, tuple]:
+    """Of a call of `torch.cat`: the axis, from the front, and the sizes along it."""
+    along = (dim if axis is None else axis) % ndim
+    return along, tuple(t.shape[along] for t in tensors if t.ndim == ndim)
 
 
 def _key(x: Tensor, way: tuple = ()) -> tuple:
@@ -177,8 +210,8 @@ def _geometry(conv: Any) -> tuple:
     return conv.kernel_size, conv.stride, conv.padding, conv.dilation
 
 
-def _recall(table: dict[tuple, tuple[weakref.ref, str]], x: Tensor, way: tuple = ()) -> str:
-    """The name stored for this memory while its tensor is alive, else ""."""
+def _recall(table: dict[tuple, tuple[weakref.ref, Any]], x: Tensor, way: tuple = ()) -> Any:
+    """What is stored for this memory while its tensor is alive, else ""."""
     known = table.get(_key(x, way))
     return known[1] if known is not None and known[0]() is not None else ""
 

@@ -27,6 +27,8 @@ class Spec:
     methods: in the order in which they refine the draft. bins: timestep bins of activation parameters. share: what layers that read one
     input have in common: nothing (False, each is best by itself); "smoothing" and all else that is done to the input, so that it is
     quantized once for all of them; or True, the low-rank input as well, in one draft, as fused kernels and Nunchaku's files want.
+    split: whether a layer that was seen to read a concatenation (a UNet's shortcut) becomes one layer for each of its parts, where that
+    lowers the error; such a layer takes no LoRA. It is seen when `qgen.quantize` has calls to run.
     """
 
     weight: str
@@ -34,6 +36,7 @@ class Spec:
     methods: tuple[Any, ...] = ()
     bins: int = 1
     share: bool | str = False
+    split: bool = False
 
     def __post_init__(self) -> None:
         formats.get(self.weight)
@@ -50,7 +53,8 @@ class Spec:
 
     def to_dict(self) -> dict:
         listed = [{"method": m.name, **asdict(m)} for m in self.methods]
-        return {"weight": self.weight, "act": self.act, "methods": listed, "bins": self.bins, "share": self.share}
+        data = {"weight": self.weight, "act": self.act, "methods": listed, "bins": self.bins, "share": self.share}
+        return {**data, "split": True} if self.split else data
 
     @classmethod
     def from_dict(cls, data: dict) -> "Spec":
@@ -62,8 +66,8 @@ class Spec:
 class Rule:
     """`spec` (None = keep float) for the sites that match every condition.
 
-    pattern: glob on the path. kind: "linear" or "conv2d". role: of the site, see `Site`. after: glob on the class of the module that made
-    the input ("*GELU*"). below: K or N smaller than this. why: shown in the report.
+    pattern: glob on the path. kind: glob on the site's kind, "linear", "conv2d" or "conv*". role: of the site, see `Site`. after: glob on
+    the class of the module that made the input ("*GELU*"). below: K or N smaller than this. why: shown in the report.
     """
 
     pattern: str
@@ -77,7 +81,7 @@ class Rule:
     def matches(self, site: Site) -> bool:
         return (
             fnmatch.fnmatchcase(site.path, self.pattern)
-            and self.kind in (None, site.kind)
+            and (self.kind is None or fnmatch.fnmatchcase(site.kind, self.kind))
             and self.role in (None, site.role)
             and (self.after is None or fnmatch.fnmatchcase(site.after, self.after))
             and (not self.below or min(site.shape) < self.below)
@@ -124,6 +128,17 @@ class Recipe:
     def skip(self, *patterns: str, why: str = "skipped by the user") -> "Recipe":
         """A new recipe that keeps the sites matching any pattern in float."""
         return replace(self, rules=(*self.rules, *(Rule(p, None, why=why) for p in patterns)))
+
+    def without(self, *kinds: str) -> "Recipe":
+        """A new recipe without the rules for these kinds: after `without("conv*")` convolutions are treated as linear layers are.
+
+        ValueError if there is no rule for a kind.
+        """
+        known = sorted({rule.kind for rule in self.rules if rule.kind})
+        for kind in kinds:
+            if kind not in known:
+                raise ValueError(unknown("kind of layer with a rule of its own", kind, known))
+        return replace(self, rules=tuple(rule for rule in self.rules if rule.kind not in kinds))
 
     def to_json(self, indent: int | None = 2) -> str:
         data = {"name": self.name, "about": self.about, "default": self.default and self.default.to_dict()}

@@ -33,7 +33,7 @@ class Site:
     convolution K = channels · kernel height · kernel width. tokens: rows of the input seen by the probe. after: class name of the module
     that made its input, where the probe saw one ("GELU", "SiLU", …). role: "inside" a repeated block, "context" (inside, and reading what
     other blocks read too: text for cross-attention), "outside" (embedders, heads), or "vector" (one row per sample: time embeddings,
-    modulation).
+    modulation). parts: channels of the tensors that were concatenated to its input, () where it was seen to be one.
     """
 
     path: str
@@ -45,6 +45,7 @@ class Site:
     tokens: int = 0
     after: str = ""
     role: str = "inside"
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Draft:
     clip: factor on the range of each block of weights, (N, Kp / block) or 1. edges: (bins - 1,) timesteps between bins, None = one bin.
     center: (T, K) added to the input by bin; `inputs`, `output`, statistics are of the centred rows. steps: (T,) static activation
     scales by bin, times ratio (Kp / block of act,). fixes: (T, N) more bias by bin. T = bins, and a last row for all of them together where
-    there are several. dtype: in which smooth, down and up are stored.
+    there are several. known: (P, K) raw rows that keep the float layer's output, see `qgen.nn.known`; statistics are without them.
+    dtype: in which smooth, down and up are stored.
     log: what methods report, by name.
     """
 
@@ -78,6 +80,7 @@ class Draft:
     steps: Tensor | None = None
     ratio: Tensor | None = None
     fixes: Tensor | None = None
+    known: Tensor | None = None
     dtype: torch.dtype = torch.float16
     log: dict = field(default_factory=dict)
 
@@ -122,7 +125,7 @@ class Draft:
         return formats.get(self.spec.weight).fake(self.target(), self.clip)
 
     def output(self, x: Tensor) -> Tensor:
-        """Output (M, N) float32 of the finished layer on rows x (M, K): exactly the reference kernel's arithmetic."""
+        """Output (M, N) float32 of the finished layer on rows x (M, K): exactly the reference kernel's arithmetic; no row is known."""
         y = self.inputs(x) @ self.rounded().qweight.dequantize().T
         if self.up is not None:
             y = y + (x.float() @ self.down.T) @ self.up.T

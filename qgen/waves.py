@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgen.calibration.base import CalibrationSet, _map
+from qgen.calibration.base import CalibrationSet, Call, _map
+from qgen.calibration.leading import Leading, some
 from qgen.calibration.moments import Moments, fine_edges
 from qgen.calibration.observers import AbsMax, Gram, Reservoir
 from qgen.errors import BadData
 from qgen.methods.base import Stats, refine, sqnr_db
 from qgen.methods.temporal import begin, fit_judge
 from qgen.nn.kinds import matrix, rows_of
+from qgen.nn.known import among
 from qgen.probe import input_of
 from qgen.recipe import Spec
 from qgen.site import Draft, Site
@@ -62,13 +64,19 @@ class Traffic:
     calls: int = 0
     itemsize: int = 4
     edges: Tensor = field(default_factory=lambda: fine_edges(()))
+    texts: int = 0
+
+    def seen_by(self, site: Site) -> int:
+        """Calls that the site is fitted to: layers that read text see further texts as well."""
+        return self.calls + (self.texts if site.role == "context" else 0)
 
     @classmethod
     def of(cls, module: nn.Module, calls: CalibrationSet) -> "Traffic":
         """Activations come in the dtype of the weights that made them."""
         sizes = [p.element_size() for p in module.parameters() if p.is_floating_point()]
         edges = fine_edges(call.moment.t for call in calls.calls)
-        return cls(sum(not call.moment.held for call in calls.calls), max(2, max(sizes, default=4)), edges)
+        fitted, texts = (sum(not call.moment.held for call in some) for some in (calls.calls, calls.texts))
+        return cls(fitted, max(2, max(sizes, default=4)), edges, texts)
 
 
 def plan(specs: Iterable[tuple[Site, Spec]], budget: int, traffic: Traffic = Traffic()) -> list[Wave]:
@@ -123,10 +131,10 @@ def _observers(groups: Iterable[Group], traffic: Traffic, seed: int = 0) -> dict
     for group in groups:
         site = group.sites[0]
         bank = made.setdefault(site.shares, {})
-        for need in group.needs:
+        for need in group.needs - {"known"}:
             kinds = {
                 "rows": lambda s=site: Reservoir(rows_for(s.shape[1]), seed, traffic.itemsize),
-                "gram": lambda s=site: Gram(s.tokens * traffic.calls, traffic.itemsize),
+                "gram": lambda s=site: Gram(s.tokens * traffic.seen_by(s), traffic.itemsize),
                 "absmax": AbsMax,
                 "moments": lambda: Moments(traffic.edges),
             }
@@ -146,7 +154,7 @@ class Spoilt(BadData):
     def __init__(self, bad: dict[int, str], calls: CalibrationSet):
         number, path = next(iter(bad.items()))
         super().__init__(
-            f"layer {path}: its input holds NaN or infinity on calibration call {calls.calls[number].moment}; nothing was changed"
+            f"layer {path}: its input holds NaN or infinity on calibration call {calls.numbered[number].moment}; nothing was changed"
         )
         self.bad = bad
 
@@ -158,14 +166,14 @@ class _Done(Exception):
 class Observed(Mapping[str, Stats]):
     """Stats by shared input. They are made when asked for, and the last ones kept: layers that share an input follow each other."""
 
-    def __init__(self, banks: dict[str, dict]):
-        self._banks = banks
+    def __init__(self, banks: dict[str, dict], known: Mapping[str, Tensor] | None = None):
+        self._banks, self._known = banks, known or {}
         self._last: tuple[str, Stats] | None = None
 
     def __getitem__(self, shares: str) -> Stats:
         if self._last is None or self._last[0] != shares:
             self._last = None  # before the next ones are made: there is never room for two
-            self._last = (shares, _stats(self._banks[shares]))
+            self._last = (shares, replace(_stats(self._banks[shares]), known=self._known.get(shares)))
         return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
@@ -209,29 +217,58 @@ def measure(
     for site in sorted(wave.sites, key=lambda s: s.order):
         if site.shares in observers:
             first.setdefault(site.shares, site)
-    last = max(site.order for site in first.values())
+    known = _known(module, wave, first, calls)
     spoilt: dict[int, str] = {}
 
-    def hook(site: Site) -> Callable:
-        def observe(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            rows = rows_of(input_of(args, kwargs), layer)
-            rows = rows.detach().reshape(-1, rows.shape[-1])
-            if not bool(torch.isfinite(rows).all()):
-                spoilt[number] = site.path
-                raise _Done
+    def observe(site: Site, layer: nn.Module, x: Tensor) -> None:
+        rows = rows_of(x, layer)
+        rows = rows.detach().reshape(-1, rows.shape[-1])
+        if not bool(torch.isfinite(rows).all()):
+            spoilt[number] = site.path
+            raise _Done
+        if site.shares in known:
+            rows = rows[~among(rows, known[site.shares])]
+        if len(rows):
             for observer in observers[site.shares].values():
                 observer.update(rows, call.moment)
+
+    numbered = team.mine(list(enumerate(calls.numbered)))
+    of_calls, of_texts = (
+        [pair for pair in numbered if (pair[0] >= len(calls.calls)) == texts] for texts in (False, True)
+    )
+    reading = [site for site in first.values() if site.role == "context"]  # what further texts are for
+    for sites, pairs in ((list(first.values()), progress(of_calls)), (reading, of_texts if reading else [])):
+        for number, call in _replays(module, sites, pairs, observe):  # noqa: B007 (read by `observe`)
+            pass
+    if bad := dict(sorted(pair for part in team.all(spoilt) for pair in part.items())):
+        raise Spoilt(bad, calls)
+    if team.size > 1:
+        observers = _merged(observers, owners(wave, team.size), team, module)
+    missing = [first[s].path for s, bank in observers.items() if any(o.empty for o in bank.values())]
+    if missing := [path for part in team.all(missing) for path in part]:
+        raise BadData(f"no calibration call that may be fitted reaches layer {missing[0]}: record more calls")
+    return Observed(observers, known)
+
+
+def _replays(
+    module: nn.Module, sites: list[Site], numbered: Iterable[tuple[int, Call]], see: Callable
+) -> Iterator[tuple[int, Call]]:
+    """Yields each number and call, and replays it then, up to the last of the sites: `see(site, layer, input)` at each of them."""
+    last = max((site.order for site in sites), default=-1)
+
+    def hook(site: Site) -> Callable:
+        def seen(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            see(site, layer, input_of(args, kwargs))
             if site.order == last:
                 raise _Done
 
-        return observe
+        return seen
 
-    hooks = [
-        module.get_submodule(site.path).register_forward_pre_hook(hook(site), with_kwargs=True)
-        for site in first.values()
-    ]
+    layers = [(module.get_submodule(site.path), hook(site)) for site in sites]
+    hooks = [layer.register_forward_pre_hook(seen, with_kwargs=True) for layer, seen in layers]
     try:
-        for number, call in progress(team.mine(list(enumerate(calls.calls)))):  # noqa: B007 (read by the hooks)
+        for number, call in numbered:
+            yield number, call
             try:
                 with torch.no_grad():
                     call.run(module)
@@ -240,14 +277,24 @@ def measure(
     finally:
         for handle in hooks:
             handle.remove()
-    if bad := dict(sorted(pair for part in team.all(spoilt) for pair in part.items())):
-        raise Spoilt(bad, calls)
-    if team.size > 1:
-        observers = _merged(observers, owners(wave, team.size), team, module)
-    missing = [first[s].path for s, bank in observers.items() if any(o.empty for o in bank.values())]
-    if missing := [path for part in team.all(missing) for path in part]:
-        raise BadData(f"no calibration call that may be fitted reaches layer {missing[0]}: record more calls")
-    return Observed(observers)
+
+
+def _known(module: nn.Module, wave: Wave, first: dict[str, Site], calls: CalibrationSet) -> dict[str, Tensor]:
+    """By shared input the first rows that all prompts have in common, where all that reads it asks for them: of some calls, replayed.
+
+    Every process of a team replays the same ones.
+    """
+    refuse = {group.sites[0].shares for group in wave.groups if "known" not in group.needs}
+    found = {shares: Leading() for shares in first if shares not in refuse}
+    if not found:
+        return {}
+
+    def look(site: Site, layer: nn.Module, x: Tensor) -> None:
+        found[site.shares].update(x)
+
+    for _ in _replays(module, [first[shares] for shares in found], enumerate(some(calls.calls)), look):
+        pass
+    return {shares: leading.rows for shares, leading in found.items() if leading.rows is not None}
 
 
 def _merged(banks: dict[str, dict], owner: dict[str, int], team: Team, module: nn.Module) -> dict[str, dict]:

@@ -28,7 +28,7 @@ LAYERS = (
     ("site", "recipe"),
     ("nn", "calibration"),
     ("methods", "probe", "models", "checks"),
-    ("io", "train", "allocate", "waves", "recipes", "resume"),
+    ("io", "train", "allocate", "waves", "parting", "recipes", "resume"),
     ("engine", "show", "emoji_pipeline", "demo", "named"),
     ("qgen",),
     ("nodes", "demos", "eval", "bench", "web", "cli", "__main__"),

@@ -25,13 +25,14 @@ def site(path="blocks.0.ff.fc1", kind="linear", shape=(64, 64), role="inside", a
     [
         (Rule("*.ff.*", None), site(), site("blocks.0.attn.q")),
         (Rule("*", None, kind="conv2d"), site(kind="conv2d"), site()),
+        (Rule("*", None, kind="conv*"), site(kind="conv3d"), site()),
         (Rule("*", None, role="vector"), site(role="vector"), site()),
         (Rule("*", None, after="*GELU*"), site(after="GELU"), site(after="SiLU")),
         (Rule("*", None, below=32), site(shape=(16, 64)), site(shape=(32, 64))),
         (Rule("*.ff.*", None, kind="linear", role="inside"), site(), site(role="outside")),
         (Rule("blocks.?.FF.*", None), site("blocks.1.FF.x"), site("blocks.1.ff.x")),
     ],
-    ids=["path", "kind", "role", "after", "below", "all", "case"],
+    ids=["path", "kind", "kinds", "role", "after", "below", "all", "case"],
 )
 def test_a_rule_matches_when_every_condition_does(rule, matching, other):
     assert rule.matches(matching) and not rule.matches(other)
@@ -65,6 +66,36 @@ def test_named_recipes_go_to_json_and_back(name):
     recipe = recipes.get(name)
     again = Recipe.from_json(recipe.to_json())
     assert again == recipe and hash(again) == hash(recipe) and again.to_json() == recipe.to_json() and recipe.about
+
+
+@pytest.mark.parametrize("name", ["svdquant-int4", "rtn-nvfp4", "w4a8", "w4a8-static", "temporal-int4"])
+def test_convolutions_of_unets_have_eight_bits_unless_asked(name):
+    recipe = recipes.get(name)
+    for path, kind in (
+        ("up_blocks.0.resnets.1.conv1", "conv2d"),
+        ("output_blocks.3.0.in_layers.2", "conv2d"),
+        ("m.temp", "conv3d"),
+    ):
+        eight, why = recipe.resolve(site(path, kind))
+        assert (eight.weight, eight.act) == ("int8_row", "int8_row") and "convolution" in why
+        assert recipe.without("conv*").spec_for(site(path, kind)) == recipe.default
+    assert eight.bins == (8 if name == "w4a8-static" else 1)  # static scales are fixed by bin in convolutions, too
+    assert recipe.spec_for(site("blocks.1.ff.conv_point", "conv2d")) == recipe.default  # Sana's are linear layers
+    assert recipe.spec_for(site("conv_in", "conv2d", role="outside")) is None
+    assert recipe.spec_for(site("b.conv1", "conv2d", shape=(64, 27))) is None
+    assert recipe.spec_for(site()) == recipe.default == recipe.without("conv*").spec_for(site())
+    with pytest.raises(ValueError, match=r"unknown kind of layer with a rule of its own 'conv2d'.*conv\*"):
+        recipe.without("conv2d")
+
+
+def test_a_transformer_resolves_as_without_rules_for_convolutions():
+    from qgen.probe import static_sites
+    from tests import tiny
+
+    for name in ("pixart", "flux", "sana", "wan"):
+        for s in static_sites(tiny.FAMILIES[name][0]()):
+            for recipe in map(recipes.get, ("svdquant-int4", "rtn-int4", "w4a8")):
+                assert recipe.spec_for(s) == recipe.without("conv*").spec_for(s)
 
 
 def test_everything_goes_to_json_and_back():

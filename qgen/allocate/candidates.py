@@ -16,7 +16,10 @@ _SMALLEST = 2.0  # bits: nothing below is offered
 
 
 def ladder(spec: Spec, narrow: bool = False) -> tuple[Spec | None, ...]:
-    """Candidates of a layer whose recipe says `spec`, the own one first; None = stays at 16 bits. narrow: offer 3 and 2 bits too."""
+    """Candidates of a layer whose recipe says `spec`, the own one first; None = stays at 16 bits.
+
+    narrow: offer 3 and 2 bits too, and 4 to layers that the recipe gives 8, as convolutions.
+    """
     floats = isinstance(formats.get(spec.weight).element, type(formats.get("nvfp4").element))
     wide = "fp8_e4m3_row" if floats else "int8_row"
     methods = (Smooth(),) if spec.methods and spec.act else ()
@@ -25,6 +28,8 @@ def ladder(spec: Spec, narrow: bool = False) -> tuple[Spec | None, ...]:
         found.append(Spec(wide, spec.act and wide, methods, share=spec.share))
     found.append(None)
     if narrow:
+        if formats.get(spec.weight).bits == 8:
+            found.append(replace(spec, weight="int4_s8_g64" if spec.act == "int8_row" else "uint4_g64"))
         for bits in (3, 2):
             if bits < formats.get(spec.weight).bits:
                 found.append(replace(spec, weight=f"uint{bits}_g64"))

@@ -11,6 +11,7 @@ from qgen.io.peers.base import Layer
 from qgen.io.peers.floats import dequantized
 from qgen.nn.kinds import CONVOLUTIONS, kind_of
 from qgen.nn.packed import Packed
+from qgen.nn.parted import rejoin
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -25,6 +26,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             setattr(
                 model.get_submodule(parent), name, _float(layer, dtype or layer.compute_dtype).train(layer.training)
             )
+    rejoin(model)
     for name in ("qgen_recipe", "qgen_report"):
         model.__dict__.pop(name, None)
     return model

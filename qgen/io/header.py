@@ -23,6 +23,7 @@ from qgen.errors import BadCheckpoint, QgenError
 from qgen.io.files import DTYPES, Files, digest, parse
 from qgen.nn.attention import Choices
 from qgen.nn.clock import TIMED
+from qgen.nn.known import KNOWN
 from qgen.nn.packed import STORED, Layout, Packed
 from qgen.recipe import Recipe
 
@@ -206,7 +207,7 @@ def _parsed(data: dict, where: Path) -> Header:
 def _entry(item: Any, where: Path | str) -> LayerEntry:
     """A layer's description as data to a LayerEntry, every field checked."""
     keys = {"path", "kind", "weight", "act", "rank", "hadamard", "slots", "dtype"}
-    if not isinstance(item, dict) or set(item) - {"bins"} != keys:
+    if not isinstance(item, dict) or set(item) - {"bins", "known"} != keys:
         found = sorted(item) if isinstance(item, dict) else type(item).__name__
         raise BadCheckpoint(f"{where}: a layer is described by {', '.join(sorted(keys))}, found {found}")
     path, dtype = item["path"], getattr(torch, str(item["dtype"]), None)
@@ -219,6 +220,10 @@ def _entry(item: Any, where: Path | str) -> LayerEntry:
         and 0 <= item.get("bins", 0) <= _MOST
         and bool(item.get("bins", 0)) == bool(set(TIMED) & set(item["slots"]))
         and ("t_edges" in item["slots"]) == (item.get("bins", 0) > 1)
+        and type(item.get("known", 0)) is int
+        and 0 <= item.get("known", 0) <= _MOST
+        and all((slot in item["slots"]) == bool(item.get("known", 0)) for slot in KNOWN)
+        and (item["kind"] == "linear" or not item.get("known", 0))
         and not item["hadamard"] & (item["hadamard"] - 1)
         and isinstance(item["slots"], (list, tuple))
         and set(item["slots"]) <= set(STORED)
@@ -243,7 +248,15 @@ def _entry(item: Any, where: Path | str) -> LayerEntry:
     return LayerEntry(
         path,
         item["kind"],
-        Layout(item["weight"], item["act"], item["rank"], item["hadamard"], tuple(item["slots"]), item.get("bins", 0)),
+        Layout(
+            item["weight"],
+            item["act"],
+            item["rank"],
+            item["hadamard"],
+            tuple(item["slots"]),
+            item.get("bins", 0),
+            item.get("known", 0),
+        ),
         dtype,
     )
 

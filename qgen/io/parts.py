@@ -22,11 +22,13 @@ from qgen.io.files import parse
 from qgen.io.peers.base import Importer, Layer, Model, Plain, Source, importers
 from qgen.io.peers.floats import dequantized
 from qgen.io.peers.source import json_beside
-from qgen.nn.clock import TIMED
-from qgen.nn.packed import FLOAT_SLOTS, Packed
+from qgen.nn.known import KNOWN
+from qgen.nn.packed import BESIDE, FLOAT_SLOTS, Packed
+from qgen.nn.parted import whole_path
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _TIMED = "{!r} has tables over timesteps, which no other format holds: quantize with bins=1 and export that"
+_KNOWN = "{!r} keeps outputs of known rows, which no other format holds: quantize without the method start-token and export that"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def model_of(source: Source) -> Model:
 def of_module(module: nn.Module, timed: bool = False) -> Parts:
     """The parts of a live module: its packed layers in canonical layout, then everything else in its state dict.
 
-    timed: whether layers with tables over timesteps are parts too, as qgen's own checkpoint holds them; else they are a ValueError.
+    timed: whether layers with tables over timesteps or known rows are parts too, as qgen's own checkpoint holds them; else they are a
+    ValueError.
     """
     layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, Packed)}
     rows = {row.get("path"): row for row in getattr(module, "qgen_report", None) or () if isinstance(row, dict)}
@@ -97,12 +100,14 @@ def of_module(module: nn.Module, timed: bool = False) -> Parts:
         for path, layer in layers.items():
             if layer.codes.device.type == "meta":
                 raise ValueError(f"{path!r} is offloaded and has no data here: remove offloading hooks, then export")
-            if layer.timed and not timed:
-                raise ValueError(_TIMED.format(path))
+            if not timed:
+                _plain(path, {slot for slot in BESIDE if getattr(layer, slot) is not None})
             shape, slots = tuple(layer._weight_shape()), {name: t.cpu() for name, t in layer.canonical().items()}
             if layer.fused_from is not None and "t_shift" in slots:  # a LoRA is meant for the input without the shift
                 shifted = layer.fused_on_shift().cpu()
                 slots["t_bias"] = (slots["t_bias"].float() - shifted).to(slots["t_bias"].dtype)
+            if layer.fused_from is not None and "known_y" in slots:
+                slots["known_y"] = layer.known_outputs().to(slots["known_y"])
             yield Reported(path, shape, layer.layout, slots, layer.compute_dtype, "", rows.get(path, {}))
         inside = tuple(path + "." for path in layers)
         for name, tensor in module.state_dict().items():
@@ -113,11 +118,20 @@ def of_module(module: nn.Module, timed: bool = False) -> Parts:
 
 
 def untimed(parts: Iterable[Layer | Plain]) -> Iterator[Layer | Plain]:
-    """The parts, for whoever cannot hold tables over timesteps; ValueError at a layer that has some."""
+    """The parts, for whoever cannot hold tables over timesteps nor known rows; ValueError at a layer that has some."""
     for part in parts:
-        if isinstance(part, Layer) and set(TIMED) & part.slots.keys():
-            raise ValueError(_TIMED.format(part.path))
+        if isinstance(part, Layer):
+            _plain(part.path, part.slots.keys())
         yield part
+
+
+def _plain(path: str, slots: Iterable[str]) -> None:
+    """ValueError where one of a layer's slots stands beside its op, or the layer is a part of one."""
+    if whole := whole_path(path):
+        raise ValueError(f"{whole!r} is quantized in parts, which no other format holds: quantize without split first")
+    for slot in slots:
+        if slot in BESIDE:
+            raise ValueError((_KNOWN if slot in KNOWN else _TIMED).format(path))
 
 
 def check(layer: Layer) -> Layer:

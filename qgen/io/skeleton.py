@@ -22,6 +22,7 @@ from qgen.nn import attention, clock
 from qgen.nn.experts import restack, unstack
 from qgen.nn.kinds import empty, kind_of
 from qgen.nn.packed import FLOAT_SLOTS, Packed
+from qgen.nn.parted import rejoin, repart
 
 _NAMES = {"linear": "Linear", "conv1d": "Conv1d", "conv2d": "Conv2d", "conv3d": "Conv3d"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,14 +37,17 @@ class Plan:
 
 def plan(module: nn.Module, header: Header, files: Files, where: Path, dtype: torch.dtype | None = None) -> Plan:
     """Compares a float module with a checkpoint and makes its packed layers, on meta. The module is not changed, but for stacks of experts
-    that the checkpoint holds as layers, which become layers; not if anything is raised.
+    that the checkpoint holds as layers, which become layers, and layers that it holds in parts; not if anything is raised.
 
     dtype: in which the layers shall compute; None = as saved. Raises BadCheckpoint with the first thing that does not fit.
     """
-    made = unstack(module, {entry.path for entry in header.layers})
+    paths = {entry.path for entry in header.layers}
+    made = unstack(module, paths)
+    repart(module, paths)
     try:
         return _plan(module, header, files, where, dtype)
     except BaseException:
+        rejoin(module)
         restack(made)
         raise
 
@@ -135,6 +139,7 @@ def finish(module: nn.Module, header: Header, buffers: bool = True) -> None:
                 p.requires_grad_(False)
             if layer.kernel is None:
                 layer.prepare()
+    rejoin(module)  # parts are packed by now; the float layers that they stand for go
     clock.wind(module)
     module.qgen_recipe, module.qgen_report = header.recipe, header.report
     if header.attention is not None:

@@ -68,6 +68,7 @@ class Stats:
     rows. absmax, absmean: (K,) over all fitted rows. seed: for the method's own random numbers.
     moments: of the raw input, by timestep. fit_t, held_t: (M,) timesteps of the rows; fit_bins, held_bins: (M,) their bins, once the
     draft has several; fit_raw, held_raw: the rows before they were centred.
+    known: (P, K) first rows that all prompts have in common, which all of the above is without.
     judge: scores candidates, on the held-out rows, or on the fitted ones where nothing could be held out. cache: what methods computed for
     this draft and want to find again.
     """
@@ -85,6 +86,7 @@ class Stats:
     held_bins: Tensor | None = None
     fit_raw: Tensor | None = None
     held_raw: Tensor | None = None
+    known: Tensor | None = None
     judge: Judge | None = field(init=False, default=None)
     cache: dict = field(init=False, default_factory=dict, repr=False)
 
@@ -104,7 +106,7 @@ class Method(Protocol):
     name: str
 
     def needs(self, site: Site) -> frozenset[str]:
-        """Statistics it reads, of {"rows", "gram", "absmax", "moments"}; empty = data-free."""
+        """Statistics it reads, of {"rows", "gram", "absmax", "moments", "known"}; empty = data-free."""
         ...
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:

@@ -33,6 +33,7 @@ class QuantLinear(Packed, nn.Linear):
             draft.hadamard,
             tuple(slots),
             bins_of(slots),
+            0 if draft.known is None else len(draft.known),
         )
         layer = cls(draft.weight.shape[1], draft.sites[index].shape[0], layout, dtype)
         layer.fill(slots)
@@ -72,4 +73,8 @@ def slots_of(draft: Draft, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
     if slots.get("t_bias") is not None:
         one = slots["t_shift"] is None if "t_shift" in slots else len(slots["t_bias"]) == 1
         slots["bias"] = slots.pop("t_bias")[0] if one and slots.get("t_edges") is None else None  # it is in the table
+    if draft.known is not None:
+        given = None if draft.bias is None else draft.bias[rows]
+        slots["known_x"] = draft.known.to(dtype)
+        slots["known_y"] = nn.functional.linear(draft.known, draft.weight[rows], given).to(dtype)
     return {name: t.clone(memory_format=torch.contiguous_format) for name, t in slots.items() if t is not None}

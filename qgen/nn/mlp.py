@@ -90,7 +90,7 @@ def _pair(owner: nn.Module) -> tuple[Packed, Packed] | None:
 def able(layer: Packed) -> bool:
     """Whether a packed, prepared layer can be one of the two."""
     kernel = layer.kernel
-    return kernel is not None and not layer.timed and _serves(kernel, layer.ask())
+    return kernel is not None and not layer.timed and layer.known_x is None and _serves(kernel, layer.ask())
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from qgen import formats
 from qgen.kernels import registry
 from qgen.kernels.ops import SLOTS, Slots
-from qgen.nn import clock, offload
+from qgen.nn import clock, known, offload
 from qgen.nn.clock import TIMED
 from qgen.nn.kept import keeps, kept, key_of
+from qgen.nn.known import KNOWN
 
 FLOAT_SLOTS = (
     "smooth",
@@ -28,9 +29,11 @@ FLOAT_SLOTS = (
     "shift",
     "t_shift",
     "t_bias",
+    *KNOWN,
 )  # stored in any float dtype of 16 or 32 bits; the rest have one dtype each
-CAST_SLOTS = ("bias", "t_bias")  # these follow `.to(dtype)`
-STORED = (*SLOTS, *TIMED)  # what files hold; the op knows nothing of the timed ones
+CAST_SLOTS = ("bias", "t_bias", *KNOWN)  # these follow `.to(dtype)`
+BESIDE = (*TIMED, *KNOWN)  # the op knows nothing of these
+STORED = (*SLOTS, *BESIDE)  # what files hold
 
 
 # Computing with a weight's zeros would give wrong numbers without a word.
@@ -164,16 +167,16 @@ class Packed(nn.Module):
         return slots if self.kernel is None else self._around(registry.find("linear", self.kernel).unpack, slots)
 
     def _around(self, way, slots: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a kernel's `pack` or `unpack` makes of the slots that it knows, and the timed ones as they are."""
-        known = {name: t for name, t in slots.items() if name not in TIMED}
-        return {**way(known, self._ask), **{name: t for name, t in slots.items() if name in TIMED}}
+        """What a kernel's `pack` or `unpack` makes of the slots that it knows, and those beside as they are."""
+        own = {name: t for name, t in slots.items() if name not in BESIDE}
+        return {**way(own, self._ask), **{name: t for name, t in slots.items() if name in BESIDE}}
 
     def fill(self, slots: dict[str, Tensor]) -> None:
         """Sets the packed parameters from canonical tensors."""
         for slot in STORED:
             value = slots.get(slot)
             setattr(self, slot, None if value is None else nn.Parameter(value, requires_grad=False))
-        self.kernel, self._ask, self._on_shift, self._key = None, None, None, None
+        self.kernel, self._ask, self._on_shift, self._on_known, self._key = None, None, None, None, None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (N, K) that the layer stands for: residual · Hᵀ / smooth + up · down, in `dtype` (default: compute dtype)."""
@@ -228,6 +231,11 @@ class Packed(nn.Module):
                 return self._run(x)
         if kernel is None:
             raise RuntimeError(f"{type(self).__name__} has no kernel yet: call qgen.prepare(model) or layer.prepare()")
+        if self.known_x is not None:
+            return known.apply(self, x, lambda x: self._at_its_time(x, kernel))
+        return self._at_its_time(x, kernel)
+
+    def _at_its_time(self, x: Tensor, kernel: str) -> Tensor:
         if self.timed:
             return clock.apply(self, x, lambda x: self._product(x, kernel))
         return self._product(x, kernel)
@@ -261,6 +269,16 @@ class Packed(nn.Module):
             down, up = slots["down"][self.fused_from :].float(), slots["up"][:, self.fused_from :].float()
             self._on_shift = (slots["t_shift"].float() @ down.T) @ up.T
         return self._on_shift
+
+    def known_outputs(self) -> Tensor:
+        """(P, N): the outputs of known rows, with what a fused LoRA adds to them, computed once for each fusing."""
+        if self.fused_from is None or self.known_x is None:
+            return self.known_y
+        if self._on_known is None:
+            slots = self.canonical()
+            down, up = slots["down"][self.fused_from :].float(), slots["up"][:, self.fused_from :].float()
+            self._on_known = slots["known_y"].float() + (slots["known_x"].float() @ down.T) @ up.T
+        return self._on_known
 
     @property
     def timed(self) -> bool:
@@ -359,9 +377,8 @@ class Packed(nn.Module):
         """What it takes to build an empty layer like this one."""
         present = tuple(slot for slot in self.slots() if slot not in ("codes", "scales"))
         tables = [t for t in (self.t_shift, self.t_scale, self.t_bias) if t is not None]
-        return Layout(
-            self.weight_format, self.act_format, self.rank, self.hadamard, present, len(tables[0]) if tables else 0
-        )
+        bins, known_rows = len(tables[0]) if tables else 0, 0 if self.known_x is None else len(self.known_x)
+        return Layout(self.weight_format, self.act_format, self.rank, self.hadamard, present, bins, known_rows)
 
     def described(self) -> dict:
         """Kind, layout and compute dtype as plain data: what a file says about this layer."""
@@ -387,7 +404,8 @@ def _moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a loader must know to build an empty layer: formats, rank, which optional slots exist, rows of timed tables (0 = none)."""
+    """What a loader must know to build an empty layer: formats, rank, which optional slots exist, rows of timed tables (0 = none),
+    known rows (0 = none)."""
 
     weight: str
     act: str = ""
@@ -395,10 +413,11 @@ class Layout:
     hadamard: int = 0
     slots: tuple[str, ...] = ()
     bins: int = 0
+    known: int = 0
 
     def to_dict(self) -> dict:
-        """Plain data; `bins` is there only where there are any."""
-        return {key: value for key, value in asdict(self).items() if key != "bins" or value}
+        """Plain data; `bins` and `known` are there only where there are any."""
+        return {key: value for key, value in asdict(self).items() if key not in ("bins", "known") or value}
 
     def empty(self, n: int, k: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """Empty canonical tensors for a weight (N, K), by slot."""
@@ -417,6 +436,8 @@ class Layout:
             "t_shift": ((self.bins, k), dtype),
             "t_scale": ((self.bins,), torch.float32),
             "t_bias": ((self.bins, n), dtype),
+            "known_x": ((self.known, k), dtype),
+            "known_y": ((self.known, n), dtype),
         }
         wanted = {"codes", "scales", *self.slots}
         return {

@@ -58,6 +58,8 @@ def test_ladders_go_up_in_kind_and_down_on_request():
     narrow = ladder(Spec("int4_g64"), narrow=True)
     assert [c and c.weight for c in narrow] == ["int4_g64", "int8_row", None, "uint3_g64", "uint2_g64"]
     assert narrow[1].act is None
+    eight = ladder(Spec("int8_row", "int8_row"), narrow=True)
+    assert [c and c.weight for c in eight] == ["int8_row", None, "int4_s8_g64", "uint3_g64", "uint2_g64"]
     assert bits_of(narrow[0], Site("a", "linear", "", 0, "x", (64, 100))) == pytest.approx(4.25 * 128 / 100)
 
 

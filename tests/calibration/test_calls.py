@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qgen.calibration.base import CalibrationSet, Call, Moment
+from qgen.calibration.files import load, save
 from qgen.calibration.prompts import PROMPTS
-from qgen.calibration.recorder import Recorder, as_calls, load, save
+from qgen.calibration.recorder import Recorder, as_calls
 from qgen.errors import BadCheckpoint, BadData
 from tests import tiny
 

@@ -10,7 +10,19 @@ from qgen import recipes
 from qgen.recipe import Recipe
 from tests import tiny
 
-NAMES = ["vidit-q", "fp4dit", "signround", "vq4dit", "genie", "binarydm", "fp-search", "repquant", "dgq", "tfmq"]
+NAMES = [
+    "vidit-q",
+    "fp4dit",
+    "signround",
+    "vq4dit",
+    "genie",
+    "binarydm",
+    "fp-search",
+    "repquant",
+    "dgq",
+    "tfmq",
+    "mixdq",
+]
 
 
 def quantized(recipe):

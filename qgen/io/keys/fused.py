@@ -67,6 +67,10 @@ def _untimed(layers: list[Layer]) -> None:
             raise ValueError(
                 f"{layer.path!r} has tables over timesteps and can be neither fused nor cut: use it under its own names"
             )
+        if layer.layout.known:
+            raise ValueError(
+                f"{layer.path!r} keeps outputs of known rows and can be neither fused nor cut: use it under its own names"
+            )
 
 
 def _equal(layers: list[Layer], slot: str) -> bool:

@@ -92,7 +92,12 @@ def _shape(entry: LayerEntry, slots: dict[str, Tensor], row: dict, model: Any, s
         return tuple(layer.weight.shape)
     widest = width * 8 // formats.get(entry.layout.weight).bits
     unpadded = next(
-        (slots[slot].shape[-1] for slot in ("smooth", "down", "t_shift") if slot in slots and slots[slot].ndim), None
+        (
+            slots[slot].shape[-1]
+            for slot in ("smooth", "down", "t_shift", "known_x")
+            if slot in slots and slots[slot].ndim
+        ),
+        None,
     )
     said = row.get("shape")
     if unpadded is None and isinstance(said, list) and len(said) == 2 and said[0] == n and type(said[1]) is int:
