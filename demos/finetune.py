@@ -25,7 +25,7 @@ from qgen.eval.bootstrap import bootstrap_difference
 from qgen.eval.generate import generate
 from qgen.train.distill import first
 
-METHODS = ("full", "efficientdm", "quest", "qvgen", "scales", "bias", "qzo")
+METHODS = ("full", "efficientdm", "quest", "qvgen", "scales", "bias", "qzo", "brecq", "qdrop")
 
 
 def errors(module: torch.nn.Module, calls: CalibrationSet, answers: list[Tensor]) -> Tensor:
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="rtn-int4")
     parser.add_argument("--weights", nargs="+", default=["int4_g64", "int3_g64"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="of brecq and qdrop: for each block")
     parser.add_argument(
         "--every", type=int, default=50, help="steps between looks at the calls held out of the lessons"
     )

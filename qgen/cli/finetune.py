@@ -12,9 +12,9 @@ def finetune(
     teacher: Annotated[str, typer.Option(help="The 16-bit original: a folder, a hub id, or the word demo.")],
     out: Annotated[Path, typer.Option(help="Folder for the fine-tuned model and report.html.")],
     method: Annotated[
-        str, typer.Option(help="efficientdm, full, quest, qvgen, scales, lowrank, bias, qzo, topkld.")
+        str, typer.Option(help="efficientdm, full, quest, qvgen, scales, lowrank, bias, qzo, topkld, brecq, qdrop.")
     ] = "efficientdm",
-    steps: Annotated[int, typer.Option(min=1, help="Of the optimizer.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Of the optimizer; brecq and qdrop: for each block.")] = 200,
     lr: Annotated[float | None, typer.Option(min=0.0, help="In place of the method's own rate.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Recorded calls per step.")] = 1,
     prompts: Annotated[

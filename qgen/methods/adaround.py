@@ -23,10 +23,9 @@ from torch import Tensor
 
 from qgen.methods.base import Stats
 from qgen.methods.grid import Grid, adam
+from qgen.methods.rectified import GAMMA, ZETA, beta, place, rectified
 from qgen.recipe import methods
 from qgen.site import Draft, Site
-
-_GAMMA, _ZETA = -0.1, 1.1
 
 
 @methods.register("adaround")
@@ -69,7 +68,7 @@ class AdaRound:
         mean = float(reach[free].mean()) if bool(free.any()) else 1.0
         s = reach.clamp_min(1e-2 * mean) if self.scale_aware else torch.ones_like(reach)
         rest = torch.where(free, (grid.units - grid.low) / gap.clamp_min(1e-12), 0.5).clamp(1e-4, 1 - 1e-4)
-        a = s * torch.logit((rest - _GAMMA) / (_ZETA - _GAMMA))
+        a = s * place(rest)
         nearest = max(grid.pull(grid.base.dequantize())[1], 1e-30)
         optimizer = adam(a, self.rate * mean)
         learn_steps = (
@@ -79,7 +78,7 @@ class AdaRound:
         stretch = adam(logs, self.step_rate)
         for step in range(self.steps):
             soft = torch.sigmoid(a / s)
-            h = (soft * (_ZETA - _GAMMA) + _GAMMA).clamp_(0, 1)
+            h = (soft * (ZETA - GAMMA) + GAMMA).clamp_(0, 1)
             units, factor = grid.low + h * gap, 1.0
             if learn_steps:
                 factor = logs.exp()[..., None].expand(grid.fmt.blocks(units).shape).flatten(-2)
@@ -88,13 +87,12 @@ class AdaRound:
             if learn_steps:
                 stretch.step(logs, grid.fmt.blocks(back * scaled).sum(-1) * (-2 / nearest))
             grad = back.mul_(reach * factor).mul_(-2 / nearest)
-            if step >= self.warm * self.steps:
-                done = (step - self.warm * self.steps) / max((1 - self.warm) * self.steps, 1)
-                beta, side = 20 - 18 * done, 2 * h - 1
-                grad -= self.weight / a.numel() * 2 * beta * side.abs().pow(beta - 1) * side.sign()
+            if (b := beta(step / self.steps, self.warm)) is not None:
+                side = 2 * h - 1
+                grad -= self.weight / a.numel() * 2 * b * side.abs().pow(b - 1) * side.sign()
             inside = (h > 0) & (h < 1) & free
-            grad *= torch.where(inside, soft * (1 - soft) * (_ZETA - _GAMMA) / s, 0.0)
+            grad *= torch.where(inside, soft * (1 - soft) * (ZETA - GAMMA) / s, 0.0)
             optimizer.step(a, grad)
-        h = (torch.sigmoid(a / s) * (_ZETA - _GAMMA) + _GAMMA).clamp_(0, 1)
+        h = rectified(a / s)
         undecided = ((h > 0.05) & (h < 0.95) & free).float().mean()
         return (h >= 0.5) & free, logs.exp() if learn_steps else None, float(undecided)

@@ -6,8 +6,9 @@ Adding a method is adding a file: a frozen dataclass, registered under its name,
 __all__ = ["Tuning", "tunings"]
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -17,24 +18,48 @@ from qgen.train.student import Student
 
 if TYPE_CHECKING:
     from qgen.train.distill import Lessons
+    from qgen.train.features import Added
+    from qgen.train.loop import Plan
+    from qgen.train.progress import Progress
 
 tunings: Registry[type["Tuning"]] = Registry("fine-tuning method", "qgen.train")
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The defaults. rate: of the main leaves, in the unit that the method names; `lr` of `qgen.finetune` takes its place."""
+    """The defaults. rate: of the main leaves, in the unit that the method names; `lr` of `qgen.finetune` takes its place.
+    terms: added to the distance of the outputs, such as `LowRankMimic`."""
 
     rate: float = 0.01
+    terms: tuple[Any, ...] = field(default=(), kw_only=True)
 
     name: ClassVar[str] = ""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
     decay: ClassVar[float] = 0.0
     backward: ClassVar[bool] = True  # False: `step` is called in place of a backward pass
 
+    def teach(
+        self,
+        student: Student,
+        lessons: "Lessons",
+        plan: "Plan",
+        label: str,
+        bar: Callable,
+        path: Path | None,
+        job: dict,
+    ) -> "Progress":
+        """The whole run, see `loop.run`, which methods that do not train all layers at once replace."""
+        from qgen.train.loop import run
+
+        return run(student, lessons, self, plan, label, bar, path, job)
+
     def open(self, student: Student, lessons: "Lessons") -> None:
         """Opens leaves. ValueError if the student has none of the kind."""
         raise NotImplementedError
+
+    def added(self, student: Student, lessons: "Lessons") -> list["Added"]:
+        """What is added to the distance of the outputs, called after `open`."""
+        return [term.begin(student, lessons) for term in self.terms]
 
     def schedule(self, done: float) -> float:
         """Factor on all rates at a share `done` of the steps."""

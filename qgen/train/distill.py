@@ -7,6 +7,7 @@ covers all timesteps evenly, and which calls a step takes depends on its number 
 
 __all__ = ["Lessons", "first"]
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable
@@ -91,8 +92,17 @@ class Lessons:
         """() mean distance over the samples of a call, times the call's weight."""
         call: Call = self.calls[number]
         got = first(call.run(module))
-        lost = distance(got, self.want(number).to(got.device)).mean()
-        return lost if self.weight is None else lost * float(self.weight(call.moment))
+        return distance(got, self.want(number).to(got.device)).mean() * self.weigh(number)
+
+    def weigh(self, number: int) -> float:
+        """Factor on the loss of a call."""
+        return 1.0 if self.weight is None else float(self.weight(self.calls[number].moment))
+
+    def few(self, count: int) -> "Lessons":
+        """The same lessons with at most `count` calls to fit, spread evenly over the trajectory."""
+        made, n = copy.copy(self), len(self.fit)
+        made.fit = self.fit if n <= count else [self.fit[int((i + 0.5) * n / count)] for i in range(count)]
+        return made
 
     @torch.no_grad()
     def judge(self, module: nn.Module, distance: Distance) -> list[float]:

@@ -27,7 +27,7 @@ from qgen.nn.packed import Packed
 from qgen.progress import bars
 from qgen.train.base import Tuning, tunings
 from qgen.train.distill import Lessons
-from qgen.train.loop import Plan, run
+from qgen.train.loop import Plan
 from qgen.train.progress import Progress
 from qgen.train.student import Student
 
@@ -58,7 +58,8 @@ def finetune(
         pipe: quantized by `qgen.quantize`, or loaded. It ends with the same slots in every layer, and nothing beside them.
         teacher: the 16-bit pipeline or module; None where `calibration` holds the teacher's answers (`Call.output`).
         method: a name of `qgen.train.tunings`, or one of its dataclasses with fields set.
-        steps: of the optimizer, each on `batch` recorded calls (a call holds several prompts, see `Recorder.batch`).
+        steps: of the optimizer, each on `batch` recorded calls (a call holds several prompts, see `Recorder.batch`); of brecq and qdrop,
+            for each block.
         lr: takes the place of the method's `rate`.
         prompts, call_kwargs: what the teacher draws to be learned from, as for `qgen.quantize`.
         calibration: recorded calls of the *teacher* (`qgen.calibration.record(teacher)`), or a calibrator. A fifth is held out by prompt.
@@ -69,7 +70,8 @@ def finetune(
         seed: of the teacher's noise and of methods' random numbers.
 
     What happened is in `qgen_tuning` of each denoiser: method, loss of every step, held-out errors by step, those of each held-out call
-    before and after, and the step whose state was kept (0 = none was better than the start).
+    before and after, and the step whose state was kept (0 = none was better than the start); for brecq and qdrop also, by block, its
+    held-out error before and after, and whether its new codes were kept.
 
     Raises NotQuantizable (nothing in it is quantized, or the teacher is), ValueError (unknown names, no calls), BadData, BadCheckpoint. In
     each case, and when interrupted, nothing is changed.
@@ -98,7 +100,7 @@ def finetune(
             job = {"model": _digest(module), "calls": lessons.digest()} if path else {}
             student = Student(module, original)
             try:
-                found[name] = run(student, lessons, chosen, plan, label, bar, path, job)
+                found[name] = chosen.teach(student, lessons, plan, label, bar, path, job)
             finally:
                 student.close()
         for name, made in found.items():
@@ -186,6 +188,7 @@ def _tell(name: str, module: nn.Module, method: Tuning, made: Progress) -> None:
     """Leaves the record on the denoiser, and what the whole of it now loses in its report."""
     error = made.held[made.best]
     record = {key: getattr(made, key) for key in ("curve", "held", "best", "before", "after")}
+    record |= {"blocks": made.blocks} if made.blocks else {}
     module.__dict__["qgen_tuning"] = {"method": method.name, **record}
     log.info("%s: %s, held-out error %.4g -> %.4g", name, method.name, made.held[0], error)
     report = module.__dict__.get("qgen_report")

@@ -4,8 +4,9 @@ Several processes share the calls of each step; their gradients are added and ev
 student, and a run of two is a run of one but for the order of a sum.
 """
 
-__all__ = ["Plan", "run"]
+__all__ = ["Plan", "accelerated", "descend", "device_of", "job_of", "mean", "run"]
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from qgen.errors import QgenError
 from qgen.train.adam import Adam
 from qgen.train.base import Tuning
 from qgen.train.distill import Lessons
+from qgen.train.features import Added
 from qgen.train.progress import Progress
 from qgen.train.student import Student
 
@@ -51,31 +53,31 @@ def run(
 
     path: file of the progress, or None. job: what must agree for a run to go on from it. The run ends early where the loss is no number.
     """
-    accelerator = _accelerator(student, plan.precision)
-    job = {
-        **job,
-        "method": {"name": method.name, **asdict(method)},
-        **asdict(plan),
-        "processes": accelerator.num_processes,
-    }
-    job["threads"] = torch.get_num_threads()
+    accelerator = accelerated(student, plan.precision)
+    job = job_of(job, method, plan, accelerator)
     known = Progress.read(path, job) if path else None
     made = known or Progress()
     adam = Adam(method.betas, method.decay)
     if not made.before:
         made.before = made.after = lessons.judge(student.module, method.distance)
-        made.held[0] = _mean(made.before)
+        made.held[0] = mean(made.before)
     method.open(student, lessons)
     if known is not None and known.step:
         method.reopen(student, known.leaves)
-        adam.restore({name: t.to(_device(student)) for name, t in known.adam.items()})
+        adam.restore({name: t.to(device_of(student)) for name, t in known.adam.items()})
     student.wear()
-    with bar(total=plan.steps, initial=made.step, desc=f"tune {label}", unit="step", leave=True) as meter:
+    with (
+        contextlib.ExitStack() as stack,
+        bar(total=plan.steps, initial=made.step, desc=f"tune {label}", unit="step", leave=True) as meter,
+    ):
+        added = method.added(student, lessons)
+        for term in added:
+            stack.callback(term.close)
         meter.set_postfix_str(f"held-out {made.held[0]:.4g}")
         for step in range(made.step, plan.steps):
             method.before(student, step, plan.steps, adam)
             factor = method.schedule(step / plan.steps)
-            lost = _step(student, lessons, method, plan, accelerator, adam, step, factor)
+            lost = _step(student, lessons, method, plan, accelerator, adam, step, factor, added)
             if not math.isfinite(lost):
                 kept = f"that of step {made.best}" if made.best else "the one before fine-tuning: it is unchanged"
                 said = (
@@ -98,6 +100,12 @@ def run(
     return made
 
 
+def job_of(job: dict, method: Tuning, plan: Plan, accelerator: Any) -> dict:
+    """What must agree for a run to go on from the progress of another."""
+    told = {"method": f"{method.name}: {method!r}", **asdict(plan)}
+    return {**job, **told, "processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+
+
 def _step(
     student: Student,
     lessons: Lessons,
@@ -107,6 +115,7 @@ def _step(
     adam: Adam,
     step: int,
     factor: float,
+    added: list[Added],
 ) -> float:
     """One step on this process's share of the calls; the loss over all of them."""
     picks = lessons.picks(step, plan.batch, plan.seed)
@@ -114,7 +123,10 @@ def _step(
 
     def loss(number: int) -> Tensor:
         with accelerator.autocast():
-            return lessons.loss(student.module, number, method.distance) / len(picks)
+            lost = lessons.loss(student.module, number, method.distance)
+            for term in added:
+                lost = lost + term.loss(number, step / plan.steps)
+            return lost / len(picks)
 
     if not method.backward:
 
@@ -123,8 +135,15 @@ def _step(
             return accelerator.reduce(parts.sum(), "sum")
 
         return method.step(student, whole, plan.seed * 1_000_003 + step, factor)
+    return descend(student, accelerator, adam, mine, loss, factor)
+
+
+def descend(
+    student: Student, accelerator: Any, adam: Adam, mine: list[int], loss: Callable[[int], Tensor], factor: float = 1.0
+) -> float:
+    """One step down the sum of `loss` over calls, of which this process has those of `mine`; the sum, or NaN where no step was possible."""
     leaves = student.leaves()
-    total = torch.zeros((), device=_device(student))
+    total = torch.zeros((), device=device_of(student))
     for leaf in leaves.values():
         leaf.grad = None
     for number in mine:
@@ -157,27 +176,29 @@ def _look(student: Student, lessons: Lessons, method: Tuning, made: Progress) ->
     finally:
         for path, branch in hidden.items():
             student.twins[path].leaves.update(branch)
-    made.held[made.step] = _mean(errors)
+    made.held[made.step] = mean(errors)
     if made.held[made.step] < made.held[made.best]:  # NaN is not less
         made.best, made.after, made.packed = made.step, errors, student.packed()
 
 
-def _mean(errors: list[float]) -> float:
+def mean(errors: list[float]) -> float:
+    """Of errors by call."""
     return sum(errors) / len(errors)
 
 
-def _device(student: Student) -> torch.device:
+def device_of(student: Student) -> torch.device:
+    """Where the denoiser lies."""
     return next(student.module.parameters()).device
 
 
-def _accelerator(student: Student, precision: str) -> Any:
+def accelerated(student: Student, precision: str) -> Any:
     """accelerate's view of this run. With several processes the model moves to the process's own device."""
     try:
         from accelerate import Accelerator
     except ModuleNotFoundError:
         raise QgenError("fine-tuning needs the package accelerate: pip install 'qgen-diffusion[diffusers]'") from None
 
-    accelerator = Accelerator(cpu=_device(student).type == "cpu", mixed_precision=precision)
+    accelerator = Accelerator(cpu=device_of(student).type == "cpu", mixed_precision=precision)
     if accelerator.num_processes > 1:
         student.module.to(accelerator.device)
     return accelerator

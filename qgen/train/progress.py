@@ -22,7 +22,8 @@ class Progress:
     """Where a run stands.
 
     step: finished steps. curve: loss of each. held: {step: mean held-out distance}. best: step of the best state, 0 = the start.
-    packed: {path: canonical slots} of the best state, empty for the start. leaves, adam: tensors by name.
+    packed: {path: canonical slots} of the best state, empty for the start. leaves, adam: tensors by name. blocks: what block by block
+    methods tell of each finished block.
     """
 
     step: int = 0
@@ -34,6 +35,7 @@ class Progress:
     packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     leaves: dict[str, Tensor] = field(default_factory=dict)
     adam: dict[str, Tensor] = field(default_factory=dict)
+    blocks: list[dict] = field(default_factory=list)
 
     def write(self, path: Path, job: dict[str, Any]) -> None:
         """Keeps the progress of `job` (what must be equal for a run to go on) in the file `path`."""
@@ -43,7 +45,7 @@ class Progress:
         tensors |= {f"adam/{name}": t for name, t in self.adam.items()}
         tensors |= {f"best/{p}:{slot}": t for p, slots in self.packed.items() for slot, t in slots.items()}
         tensors["rng"] = torch.get_rng_state()
-        said = {key: getattr(self, key) for key in ("step", "curve", "held", "before", "after", "best")}
+        said = {key: getattr(self, key) for key in ("step", "curve", "held", "before", "after", "best", "blocks")}
         header = {"qgen_tuning": json.dumps({"job": job, **said})}
         tensors = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,11 @@ their input. Both are found by what the layers do and not by their names: a time
 
 on a few of the calls. Their weights before rounding are trained, and their weight and static activation scales with the bins of timesteps.
 
+Two stages: the time layers first, then the others. In each the loss is the distance of the model's outputs plus that of the outputs of
+the layers that the stage trains, Σ ‖y_s − y_t‖² / ‖y_t‖² (the paper's is absolute), whose gradient need not pass through the model.
+
 The paper's activation scales per input channel lie on the axis that is summed over, which no integer product can serve; here such scales
-can only be smoothing, folded into the weight. Of its losses the one on the model's output is used.
+can only be smoothing, folded into the weight.
 Wang et al., 2024, https://arxiv.org/abs/2402.03666
 """
 
@@ -24,8 +27,11 @@ from torch import Tensor, nn
 from qgen.kernels import reference
 from qgen.nn.kinds import rows_of
 from qgen.probe import input_of
+from qgen.train.adam import Adam
 from qgen.train.base import Tuning, tunings
+from qgen.train.cases import distance
 from qgen.train.distill import Lessons
+from qgen.train.features import Added, Features
 from qgen.train.student import Student
 from qgen.train.twin import Twin
 
@@ -34,22 +40,43 @@ from qgen.train.twin import Twin
 @dataclass(frozen=True)
 class QuEST(Tuning):
     """rate: of weights, in steps of their grid. share: of the layers that is trained beside the time layers, by sensitivity. layers: globs
-    on paths, which take the place of both. scale_rate: of the logarithm of scales."""
+    on paths, which take the place of both. scale_rate: of the logarithm of scales. local: factor on the distance of the layers' outputs, 0
+    leaves it out. first: share of the steps that train the time layers, where there are both kinds."""
 
     rate: float = 0.02
     share: float = 0.25
     layers: tuple[str, ...] = ()
     scale_rate: float = 5e-4
+    local: float = 1.0
+    first: float = 0.5
 
     name = "quest"
 
     def open(self, student: Student, lessons: Lessons) -> None:
-        for twin in self._chosen(student, lessons):
+        chosen, timed = self._chosen(student, lessons)
+        both = any(twin.path in timed for twin in chosen) and any(twin.path not in timed for twin in chosen)
+        student.stages = {twin.path: int(both and twin.path not in timed) for twin in chosen}
+        for twin in chosen:
             twin.open_master(self.rate)
             twin.open_scale(self.scale_rate)
             twin.open_steps(self.scale_rate)
 
-    def _chosen(self, student: Student, lessons: Lessons) -> list[Twin]:
+    def added(self, student: Student, lessons: Lessons) -> list[Added]:
+        terms = super().added(student, lessons)
+        return [*terms, _Local(self, student, lessons)] if self.local else terms
+
+    def stage(self, student: Student, done: float) -> int:
+        """0 or 1, at a share `done` of the steps."""
+        return int(1 in student.stages.values() and done >= self.first)
+
+    def before(self, student: Student, step: int, steps: int, adam: Adam) -> None:
+        stage = self.stage(student, step / steps)
+        for path, when in student.stages.items():
+            for leaf in student.twins[path].leaves.values():
+                leaf.requires_grad_(when == stage)
+
+    def _chosen(self, student: Student, lessons: Lessons) -> tuple[list[Twin], set[str]]:
+        """Twins that are trained, and which paths are those of time layers."""
         twins = {path: twin for path, twin in student.twins.items() if twin.plain}
         if self.layers:
             named = [t for path, t in twins.items() if any(fnmatchcase(path, glob) for glob in self.layers)]
@@ -57,7 +84,7 @@ class QuEST(Tuning):
                 raise ValueError(
                     f"no quantized layer that can be trained matches {', '.join(self.layers)}; layers are {', '.join(twins)}"
                 )
-            return named
+            return named, set()
         scores, timed = sensitivity(student.module, twins, lessons)
         if not scores:
             raise ValueError(
@@ -65,7 +92,22 @@ class QuEST(Tuning):
             )
         rest = sorted((path for path in scores if path not in timed), key=lambda path: -scores[path])
         chosen = {*timed, *rest[: max(1, round(self.share * len(rest)))]}
-        return [twin for path, twin in twins.items() if path in chosen]
+        return [twin for path, twin in twins.items() if path in chosen], timed
+
+
+class _Local:
+    def __init__(self, method: QuEST, student: Student, lessons: Lessons):
+        self.method, self.student = method, student
+        self.features = Features(student.module, lessons, student.stages)
+
+    def loss(self, number: int, done: float) -> Tensor:
+        want, stage = self.features.want(number), self.method.stage(self.student, done)
+        trained = {path: y for path, y in self.features.take().items() if self.student.stages[path] == stage}
+        lost = [distance(got, want[path]) for path, got in trained.items()]
+        return self.method.local * torch.stack(lost).sum() if lost else torch.zeros(())
+
+    def close(self) -> None:
+        self.features.close()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ class Student:
     def __init__(self, module: nn.Module, teacher: nn.Module | None = None):
         originals = dict(teacher.named_modules()) if teacher is not None else {}
         self.module, self.probe = module, Probe()
+        self.stages: dict[str, int] = {}  # of methods that train layers in turn: when, by path
         self.twins = {
             path: Twin(path, layer, _float_layer(originals.get(path)), self.probe)
             for path, layer in module.named_modules()

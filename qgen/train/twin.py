@@ -4,6 +4,7 @@ r"""Twin: a packed layer while it is trained. It answers in the layer's place, w
     master    (N, Kp)            the weight before rounding, in the basis of the codes
     lora_a    (r, Kp)            W = Q(master + lora_b · lora_a): merged before it is rounded, so that it ends in the codes
     lora_b    (N, r)
+    rise      (N, Kp)            which neighbour on the grid each weight takes, see `rounding`
     scale     (N, G) or less     logarithm of a factor on the stored scales (on the global scale where scales are 8-bit numbers)
     act       (G,) or ()         logarithm of a factor on static activation scales
     step      (T,)               logarithm of a factor on their table over timesteps
@@ -26,20 +27,23 @@ from torch import Tensor, nn
 from qgen import formats
 from qgen.formats import QTensor
 from qgen.kernels import reference
-from qgen.nn import clock
+from qgen.nn import clock, known
 from qgen.nn.conv import unfold
 from qgen.nn.conv_nd import unfold_nd
 from qgen.nn.kinds import kind_of, matrix
 from qgen.nn.packed import Packed
 from qgen.train import fake
+from qgen.train.drop import Drop
+from qgen.train.rounding import Rounding
 from qgen.train.zeroth import Probe
 
-PLAIN_ONLY = ("master", "lora_a", "lora_b")  # leaves of which codes are made one by one
+PLAIN_ONLY = ("master", "lora_a", "lora_b", "rise")  # leaves of which codes are made one by one
 _SLOTS = ("down", "up", "bias", "t_bias")
 
 
 class Twin:
-    """See above. rates: step of the optimizer for each leaf. gate: (r,) of the auxiliary branch, or None = all ones."""
+    """See above. rates: step of the optimizer for each leaf. gate: (r,) of the auxiliary branch, or None = all ones. rounding: of the leaf
+    "rise". drop: leaves part of the input unrounded, None = all of it is rounded."""
 
     def __init__(self, path: str, layer: Packed, original: nn.Module | None = None, probe: Probe | None = None):
         self.path, self.layer, self.probe = path, layer, probe
@@ -48,6 +52,9 @@ class Twin:
         self.leaves: dict[str, Tensor] = {}
         self.rates: dict[str, float] = {}
         self.gate: Tensor | None = None
+        self.rounding: Rounding | None = None
+        self.drop: Drop | None = None
+        self._settled = False
         self._original = original
 
     @cached_property
@@ -60,11 +67,12 @@ class Twin:
     def wear(self) -> None:
         """Answers in the layer's place if there is anything to train in it."""
         self.layer.__dict__.pop("forward", None)
-        if self.leaves:
+        if self.leaves or self._settled:
             self.layer.__dict__["forward"] = self.__call__
 
     def release(self) -> None:
         """The layer is as it was, with its own kernel."""
+        self._settled = False
         self.layer.__dict__.pop("forward", None)
         if self.__dict__.pop("slots", None) is not None and self.kernel is not None:
             self.layer.prepare(self.kernel)
@@ -106,6 +114,15 @@ class Twin:
         """The weight before rounding, which starts as `fake.anchor` says; `rate` in units of the mean step."""
         self.open("master", fake.anchor(self._qtensor(), self.wanted()), rate * self.mean_step)
 
+    def open_rounding(self, rate: float) -> bool:
+        """Which neighbour each weight takes; `rate` in units of their mean distance. False where codes cannot be chosen one by one."""
+        wanted = self.wanted() if self.plain else None
+        if wanted is None:
+            return False
+        self.rounding = Rounding(self._qtensor(), wanted)
+        self.open("rise", self.rounding.start, rate * self.rounding.gap)
+        return True
+
     def open_slot(self, name: str, rate: float) -> bool:
         """Trains a float slot that the layer has; `rate` in units of its mean magnitude. False if it has none."""
         if name not in self.slots:
@@ -135,6 +152,13 @@ class Twin:
         """Takes a leaf away."""
         self.leaves.pop(name, None)
         self.rates.pop(name, None)
+        if name == "rise":
+            self.rounding = None
+
+    def settle(self, slots: dict[str, Tensor]) -> None:
+        """Answers from these canonical slots from now on; the layer keeps its own until they are installed."""
+        self.__dict__["slots"] = {**self.slots, **slots}
+        self._settled = True
 
     def hide(self) -> dict[str, Tensor]:
         """Takes the auxiliary branch out of `leaves` and returns it."""
@@ -155,6 +179,10 @@ class Twin:
     # -- forward -------------------------------------------------------------------------------------------------------
     def __call__(self, x: Tensor) -> Tensor:
         kind = kind_of(self.layer)
+        if kind == "linear" and "known_x" in self.slots:
+            stored = {"known_x": self.slots["known_x"], "known_outputs": lambda: self.slots["known_y"]}
+            like = SimpleNamespace(**stored, act_format=self.layer.act_format)
+            return known.apply(like, x, lambda x: self._timed(x, self._rows))
         if kind == "linear":
             return self._timed(x, self._rows)
         return self._timed(x, self._conv2d) if kind == "conv2d" else self._conv_nd(x)
@@ -162,6 +190,8 @@ class Twin:
     def weight(self) -> Tensor:
         """The residual weight (N, Kp) float32 on the grid of its format."""
         scales, shared, zero = self._scale("scales"), self._scale("global_scale"), self.slots.get("zero")
+        if self.rounding is not None:
+            return self.rounding.weight(self._leaf("rise"))
         if "master" in self.leaves:
             return fake.weights(self.format, self._unrounded(), scales, shared, zero)
         if "scale" not in self.leaves:
@@ -198,7 +228,8 @@ class Twin:
                 scale = slots.get("act_scale")
                 if scale is not None and "act" in self.leaves:
                     scale = scale.float() * self._leaf("act").exp()
-                xh = fake.activations(xh, layer.act_format, scale)
+                rounded = fake.activations(xh, layer.act_format, scale)
+                xh = rounded if self.drop is None else self.drop(self.path, xh, rounded)
             y = xh @ self.weight().T
             if "aux_l" in self.leaves:
                 inner = xh @ self.leaves["aux_r"].T
@@ -226,6 +257,8 @@ class Twin:
         if "master" in self.leaves:
             codes = self.format.encode(self._unrounded(), made["scales"], made.get("global_scale"), made.get("zero"))
             made["codes"] = self.format.pack(codes)
+        if self.rounding is not None:
+            made["codes"] = self.rounding.codes(self.leaves["rise"])
         return {name: t.detach().contiguous() for name, t in made.items()}
 
     # -- inside --------------------------------------------------------------------------------------------------------

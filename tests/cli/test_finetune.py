@@ -8,11 +8,12 @@ pytest.importorskip("diffusers")
 
 
 @pytest.mark.slow
-def test_finetune_saves_an_ordinary_quantized_pipeline(tmp_path):
+@pytest.mark.parametrize("method", ["bias", "brecq"])
+def test_finetune_saves_an_ordinary_quantized_pipeline(method, tmp_path):
     from qgen.io.checkpoint import load
 
     run("quantize", "demo", "--recipe", "rtn-int4", "--out", tmp_path / "int4")
-    small = ["--samples", "4", "--keep", "2", "--sampling", "2", "--steps", "3", "--method", "bias"]
+    small = ["--samples", "4", "--keep", "2", "--sampling", "2", "--steps", "3", "--method", method]
     result = run("finetune", tmp_path / "int4", "--teacher", "demo", "--out", tmp_path / "tuned", *small)
     assert "held-out error" in result.stdout
     before, after = (load(tmp_path / name).transformer.state_dict() for name in ("int4", "tuned"))

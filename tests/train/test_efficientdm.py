@@ -16,7 +16,9 @@ from qgen.train.efficientdm import EfficientDM
 from qgen.train.full import Full
 from qgen.train.quest import QuEST, sensitivity
 from qgen.train.student import Student
-from tests.tiny import first, net, net_calls
+from tests.tiny import first, net, net_calls, same, snapshot
+from tests.train.calls import apart, watching
+from tests.train.test_finetune import Stops
 
 
 def moved(method, per_layer=True):
@@ -145,3 +147,63 @@ def test_quest_finds_time_layers_by_what_they_see_and_the_sensitive_by_measuring
     student.close()
     with pytest.raises(ValueError, match="matches"):
         qgen.finetune(module, teacher, QuEST(layers=("nothing*",)), steps=1, calibration=given, progress=False)
+
+
+def opened(method, teacher, given):
+    """A student of W4A8 whose leaves the method has opened, and what it adds to the loss."""
+    module = qgen.quantize(net(), Recipe(Spec("int4_g64", "int8_row")), calibration=given, progress=False)
+    student, told = Student(module, teacher), Lessons(given.hold_out(), teacher)
+    method.open(student, told)
+    student.wear()
+    return student, told, method.added(student, told)
+
+
+def test_quest_trains_time_layers_first_then_the_others_each_by_its_own_outputs_too():
+    teacher, given = net(), net_calls()
+    method = QuEST(share=2 / 13, local=0.5)
+    student, told, (term,) = opened(method, teacher, given)
+    stages, number = student.stages, told.fit[0]
+    assert sorted(stages.values()) == [0, 1, 1] and stages["time"] == 0
+    for step, stage in ((0, 0), (49, 0), (50, 1), (99, 1)):
+        method.before(student, step, 100, Adam())
+        assert all(t.requires_grad == (stages[p] == stage) for p in stages for t in student.twins[p].leaves.values())
+        with watching((student.module, teacher), list(stages)) as seen:
+            told.calls[number].run(student.module)
+            told.calls[number].run(teacher)
+        lost = term.loss(number, step / 100)
+        by_hand = [
+            (seen[0, p] - seen[1, p]).square().sum() / seen[1, p].square().sum() for p in stages if stages[p] == stage
+        ]
+        assert float(lost.detach()) == pytest.approx(0.5 * float(sum(by_hand)), rel=1e-4)
+        assert lost.requires_grad
+    term.close()
+    student.close()
+    assert QuEST(local=0.0).added(student, told) == []
+
+
+def test_quest_with_its_local_loss_brings_the_trained_layers_nearer_to_the_teachers():
+    """Outputs of the trained layers on unseen calls, with and without the local loss; the model's own error falls with both."""
+    teacher, inside, errors_ = net(), [], []
+    for local in (0.0, 1.0):
+        module = qgen.quantize(net(), Recipe(Spec("int3_g64", "int8_row")), calibration=net_calls(), progress=False)
+        method = QuEST(layers=("blocks.*.fc2", "blocks.*.o"), local=local)
+        qgen.finetune(module, teacher, method, steps=60, calibration=net_calls(8, 4), progress=False)
+        told = module.qgen_tuning
+        errors_.append(told["held"][told["best"]] / told["held"][0])
+        paths = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("fc2", "o")]
+        inside.append(apart(module, teacher, paths, net_calls(12, 2).calls[16:]))
+    assert inside[1] < inside[0], inside
+    assert max(errors_) < 0.95, errors_
+
+
+def test_quest_goes_on_after_an_interruption_in_either_stage(tmp_path):
+    def tune(folder, progress=False):
+        module = qgen.quantize(net(), Recipe(Spec("int3_g64", "int8_row")), calibration=net_calls(), progress=False)
+        options = {"steps": 8, "every": 2, "checkpoint": folder, "progress": progress}
+        qgen.finetune(module, net(), QuEST(layers=()), calibration=net_calls(6, 2), **options)
+        return module
+
+    whole = tune(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path / "b", Stops(KeyboardInterrupt()))
+    assert same(tune(tmp_path / "b"), snapshot(whole))
