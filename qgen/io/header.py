@@ -7,7 +7,9 @@
 The digests tell damage from what was saved; they are no signature: who can rewrite the file can rewrite them.
 """
 
-__all__ = ["KEY", "VERSION", "Header", "LayerEntry", "collect", "dtype_of", "header_of", "library", "note", "verify"]
+__all__ = [
+    "KEY", "VERSION", "Header", "LayerEntry", "collect", "dtype_of", "header_of", "library", "note", "refuse_channel_scales", "verify",
+]  # fmt: skip
 
 import hashlib
 import json
@@ -78,9 +80,15 @@ class Header:
 
 
 def note(module: nn.Module, state: dict[str, Tensor], prefix: str, local: dict) -> None:
-    """A hook for `state_dict()`: what the header says about the module as a whole travels in the state dict's metadata."""
+    """A hook for `state_dict()`: what the header says about the module as a whole travels in the state dict's metadata.
+
+    ValueError if a layer has activation scales that no format has.
+    """
     if prefix:
         return
+    for path, layer in module.named_modules():
+        if isinstance(layer, Packed):
+            refuse_channel_scales(path, layer)
     unsaved = {name: b for name, b in module.named_buffers() if name not in state and b.is_floating_point()}
     local["qgen_model"] = {
         "model": {"library": library(module), "class": type(module).__name__, "dtype": str(dtype_of(module))[6:]},
@@ -108,6 +116,20 @@ def dtype_of(module: nn.Module) -> torch.dtype:
         for dtype in filter(lambda d: d.is_floating_point and d.itemsize > 1, dtypes):
             seen[dtype] = seen.get(dtype, 0) + 1
     return max(seen, key=seen.__getitem__, default=torch.float32)
+
+
+def refuse_channel_scales(path: str, layer: Packed) -> None:
+    """ValueError where a layer has other than its format's static activation scales: one for each of its inputs, say."""
+    if layer.act_scale is None:
+        return
+    count, layout = layer.act_scale.numel(), layer.layout
+    kp = formats.padded(layer.k, layout.weight, layout.act, multiple=layout.hadamard or 1)
+    blocks = kp // (formats.get(layout.act).block or kp) if layout.act else 1
+    if count != blocks:
+        raise ValueError(
+            f"{path!r} has {count} activation scales, {layout.act} has {blocks} for {layer.k} inputs: scales for each input lie on the "
+            "axis that is summed over, where no product of codes can take them; fold them into the weight, as smoothing"
+        )
 
 
 def collect(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Header]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qgen.errors import BadCheckpoint
 from qgen.io.files import parse
+from qgen.io.header import refuse_channel_scales
 from qgen.io.peers.base import Importer, Layer, Model, Plain, Source, importers
 from qgen.io.peers.floats import dequantized
 from qgen.io.peers.source import json_beside
@@ -102,6 +103,7 @@ def of_module(module: nn.Module, timed: bool = False) -> Parts:
                 raise ValueError(f"{path!r} is offloaded and has no data here: remove offloading hooks, then export")
             if not timed:
                 _plain(path, {slot for slot in BESIDE if getattr(layer, slot) is not None})
+            refuse_channel_scales(path, layer)
             shape, slots = tuple(layer._weight_shape()), {name: t.cpu() for name, t in layer.canonical().items()}
             if layer.fused_from is not None and "t_shift" in slots:  # a LoRA is meant for the input without the shift
                 shifted = layer.fused_on_shift().cpu()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qgen.calibration.base import Call, _map
 from qgen.errors import NotQuantizable
-from qgen.methods.modulation_curve import Curve
+from qgen.methods.modulation_curve import Curve, Table
 from qgen.nn.packed import Packed
 
 
@@ -91,7 +91,8 @@ class _Entry:
 class ModulationCache:
     """Serves a denoiser's temporal modules; made by `cache_modulation`. `hits` and `misses` count calls of the denoiser.
 
-    curves: {path: a curve for each output} of modules that are not computed on a miss, see `bend`.
+    curves: {path: a curve, or a table, for each output} of modules that are not computed on a miss, see `bend` and
+    `qgen.methods.modulation_table`.
     """
 
     def __init__(self, module: nn.Module, names: dict[str, tuple[str, ...]], limit: int, offload: bool):
@@ -99,7 +100,7 @@ class ModulationCache:
         self.parts = {path: module.get_submodule(path) for path in names}
         self.names = names
         self.keys = sorted({name for depends in names.values() for name in depends})
-        self.curves: dict[str, tuple[Curve, ...]] = {}
+        self.curves: dict[str, tuple[Curve | Table, ...]] = {}
         self.clock, self.t = "", torch.zeros(1)
         self.entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self.now: _Entry | None = None
@@ -147,16 +148,11 @@ class ModulationCache:
 
         Returns the disturbance of each such module, kept or not. What was stored is forgotten.
         """
-        clocks = {names[0] for names in self.names.values() if len(names) == 1}
-        if len(clocks) != 1:
-            raise NotQuantizable(
-                f"{type(self.module).__name__} has no modules that depend on one argument alone: found {sorted(clocks) or 'none'}"
-            )
-        self.clock, paths = clocks.pop(), [path for path, names in self.names.items() if len(names) == 1]
+        paths = self.timed()
         knots = timesteps.double().sort().values.unique()
         between = (knots[1:] + knots[:-1]) / 2
         self.curves = {}
-        at_knots, at_middles = (self._outputs_at(call, paths, t) for t in (knots, between))
+        at_knots, at_middles = (self.outputs_at(call, paths, t) for t in (knots, between))
         found = {}
         for path in paths:
             made = tuple(Curve.fit(knots, values, rank) for values in at_knots[path])
@@ -167,7 +163,17 @@ class ModulationCache:
         self.clear()
         return found
 
-    def _outputs_at(self, call: Call, paths: list[str], times: Tensor) -> dict[str, list[Tensor]]:
+    def timed(self) -> list[str]:
+        """Paths of the modules that depend on the timestep alone. NotQuantizable if there are none."""
+        clocks = {names[0] for names in self.names.values() if len(names) == 1}
+        if len(clocks) != 1:
+            raise NotQuantizable(
+                f"{type(self.module).__name__} has no modules that depend on one argument alone: found {sorted(clocks) or 'none'}"
+            )
+        self.clock = clocks.pop()
+        return [path for path, names in self.names.items() if len(names) == 1]
+
+    def outputs_at(self, call: Call, paths: list[str], times: Tensor) -> dict[str, list[Tensor]]:
         """Outputs (n, D) of the first sample at timesteps `times` (n,), for each output of each module."""
         rows: dict[str, list[list[Tensor]]] = {path: [] for path in paths}
         given = dict(call.tensors())[self.clock]
@@ -184,7 +190,7 @@ class ModulationCache:
     def _from_curve(self, path: str, like: torch.dtype) -> Any:
         """What the curves of a module give at the running call's timesteps, or None where there are none, or it lies beyond them."""
         made = self.curves.get(path)
-        if made is None or not bool(((self.t >= made[0].knots[0]) & (self.t <= made[0].knots[-1])).all()):
+        if made is None or not made[0].serves(self.t):
             return None
         outs = tuple(curve(self.t).to(like) for curve in made)
         return outs if len(outs) > 1 else outs[0]

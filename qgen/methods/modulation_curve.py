@@ -5,12 +5,15 @@ Curves are exact at their knots up to the rank, and linear between them; what th
 Caching temporal features: Huang et al., 2024, https://arxiv.org/abs/2407.19547
 """
 
-__all__ = ["Curve"]
+__all__ = ["Curve", "Table"]
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qgen import formats
+from qgen.formats import QTensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Curve:
         w = ((t - left) / (right - left))[:, None]
         return torch.lerp(self.coefficients[high - 1], self.coefficients[high], w) @ self.basis + self.mean
 
+    def serves(self, t: Tensor) -> bool:
+        """Whether all of timesteps t (B,) lie within the knots."""
+        return bool(((t >= self.knots[0]) & (t <= self.knots[-1])).all())
+
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.knots, self.coefficients, self.basis, self.mean))
@@ -51,3 +58,29 @@ class Curve:
     def disturbance(self, t: Tensor, values: Tensor) -> float:
         """Relative squared error at timesteps t (n,) whose true values (n, D) are known: what decides between curve and layer."""
         return float((self(t) - values.float()).square().sum() / values.float().square().sum().clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
+class Table:
+    """m(t) (D,) at the timesteps of one schedule, rounded to a number format: knots (n,) ascending, values (n, D)."""
+
+    knots: Tensor
+    values: QTensor
+
+    @classmethod
+    def fit(cls, t: Tensor, values: Tensor, numbers: str) -> "Table":
+        """From values (n, D) at timesteps t (n,)."""
+        order = t.float().argsort()
+        return cls(t.float()[order], formats.get(numbers).quantize(values.float()[order]))
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Values (B, D) float32 at timesteps t (B,), each of which is one of the table's."""
+        return self.values.dequantize()[torch.searchsorted(self.knots, t.float())]
+
+    def serves(self, t: Tensor) -> bool:
+        """Whether all of timesteps t (B,) are in the table."""
+        return bool(torch.isin(t.float(), self.knots).all())
+
+    @property
+    def nbytes(self) -> int:
+        return self.knots.nbytes + self.values.nbytes

@@ -49,10 +49,10 @@ class Deep(nn.Module):
 
 
 def scenes():
-    """50 scenes of 4 frames, 6 rows each: 5 kinds by how far frames turn away from the first; every tenth is corrupted."""
+    """100 scenes of 4 frames, 6 rows each: 5 kinds by how far frames turn away from the first; every tenth is corrupted."""
     g = torch.Generator().manual_seed(0)
     made = []
-    for i in range(50):
+    for i in range(100):
         first, other = torch.randn(1, 6, 8, generator=g), torch.randn(1, 6, 8, generator=g)
         turn = torch.linspace(0, math.acos(1 - 0.45 * (i % 5)), 4).reshape(4, 1, 1)
         x = turn.cos() * first + turn.sin() * other
@@ -63,10 +63,11 @@ def scenes():
 def test_no_corrupted_scene_and_every_kind():
     torch.manual_seed(0)
     model = Deep().eval()
-    found = noise_filtered(model, scenes(), ["layers.0", "layers.1"], count=15, clusters=5, frames=4)
-    assert len(found.chosen) == len(found.calls.calls) == 15
+    found = noise_filtered(model, scenes(), ["layers.0", "layers.1"], count=20, clusters=5, frames=4)
+    assert len(found.chosen) == len(found.calls.calls) == 20
     assert not any(i % 10 == 7 for i in found.chosen)
-    assert {i % 10 for i in found.dropped} >= {7}
+    bad = {i for i in range(100) if i % 10 == 7}
+    assert bad <= set(found.dropped) and len(set(found.dropped) - bad) <= 2
     assert {i % 5 for i in found.chosen} == set(range(5))
 
 

@@ -59,6 +59,14 @@ def test_sqnr_of_four_bits(name, db):
     assert -10 * math.log10(mse(name, gaussian(256, 4096))) == pytest.approx(db, abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["fp4_e1m2_g128", "fp4_e2m1_g128", "fp4_e3m0_g128"])
+def test_four_bits_of_floats_are_fifteen_values(name):
+    assert len({v + 0.0 for v in formats.get(name).element.values}) == 15
+    fmt, x = formats.get(name), gaussian(4, 4096)
+    units = fmt.blocks(fmt.fake(x)) / fmt.step(fmt.quantize(x).scales, None)[..., None]
+    assert len((units * 64).round().unique()) == 15
+
+
 def test_e1m2_is_int4():
     """The same values from the same data; only the codes are spelt otherwise."""
     x = gaussian(64, 512)
@@ -97,6 +105,21 @@ def test_four_over_six_beats_either_choice_in_every_block():
         forced.append((fmt.quantize(x, like=like).dequantize() - x).square().unflatten(-1, (-1, 16)).sum(-1))
     assert torch.equal(block_errors(fmt, x), torch.minimum(*forced))
     assert mse("nvfp4_46", x) < 0.9 * mse("nvfp4", x) and float(q.scales.float().max()) <= 384
+
+
+@pytest.mark.parametrize("kind", ["gauss", "laplace", "uniform"])
+def test_four_over_six_is_nearer_than_six_alone_under_the_same_scale_of_the_tensor(kind):
+    x = gaussian(64, 1024)
+    if kind == "uniform":
+        x = torch.erf(x / 2**0.5)
+    elif kind == "laplace":
+        u = torch.erf(x / 2**0.5)
+        x = -u.sign() * (1 - u.abs()).clamp_min(1e-6).log()
+    fmt = formats.get("nvfp4_46")
+    q = fmt.quantize(x)
+    six = (fmt.blocks(x).abs().amax(-1) / 6 / q.global_scale).clamp(max=448).to(torch.float8_e4m3fn)
+    plain = fmt.quantize(x, like=QTensor(None, six, q.global_scale, None, fmt.name)).dequantize()
+    assert float((q.dequantize() - x).square().sum()) <= 0.95 * float((plain - x).square().sum())
 
 
 # -- MX ---------------------------------------------------------------------------------------------------------------

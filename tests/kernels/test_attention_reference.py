@@ -165,6 +165,27 @@ def test_inputs_are_not_touched(spec):
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), kept, strict=True))
 
 
+@pytest.mark.parametrize("keys", [256, 1024])
+def test_two_levels_of_scales_for_probabilities_beat_one(keys):
+    """SageAttention3: a row's probabilities at the top of what block scales in e4m3 can hold, against blocks of them as they are."""
+    p, v = torch.softmax(2.5 * torch.randn(64, keys), -1), torch.randn(keys, 64)
+    top = 448 * 6 / p.amax(-1, keepdim=True)
+    two, one = reference._rounded(p * top, "e2m1") / top, reference._rounded(p, "e2m1")
+    assert rms(two @ v, p @ v) <= rms(one @ v, p @ v)
+    assert keys == 256 or rms(two @ v, p @ v) <= 0.8 * rms(one @ v, p @ v)
+
+
+def test_subtracting_the_mean_key_leaves_softmax_alone_and_the_callers_keys_untouched():
+    q, k, _ = inputs()
+    kept = k.clone()
+    codes = reference.prepare(q, k, k, 0.125, "int8", smooth_k=True)
+    assert torch.equal(k, kept)
+    mean = k.mean(2, keepdim=True)
+    plain, moved = (torch.softmax(0.125 * q @ x.transpose(2, 3), -1) for x in (k, k - mean))
+    assert (plain - moved).abs().max() < 1e-5
+    assert torch.allclose(codes.shift, 0.125 * (q @ mean.transpose(2, 3))[..., 0], atol=1e-4)
+
+
 def test_float_path():
     q, k, v = inputs(90, 130, h=4, b=2)
     for mask, causal in ((None, True), (torch.rand(90, 130) > 0.5, False), (torch.randn(4, 1, 130), True)):

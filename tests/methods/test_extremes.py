@@ -63,6 +63,35 @@ def test_assignments_really_move_and_stay_among_the_candidates(trained):
     assert made[1].log["moved"] == "0.0%"
 
 
+def test_one_candidate_is_training_the_codebook_alone(trained):
+    """No index moves, bit for bit, and the words are those of torch's RMSprop on the codebook under fixed indices."""
+    d, seen, made = trained
+    fmt, start = formats.get("vq2_d2"), d.rounded().qweight
+    assert torch.equal(made[1].qweight.codes, start.codes) and torch.equal(made[1].qweight.scales, start.scales)
+    again = VQ4DiT(candidates=1, ratio_rate=10.0, weight=5.0, freeze=0.0).refine(d, seen)  # nothing of which it has
+    assert torch.equal(again.qweight.global_scale, made[1].qweight.global_scale)
+    index, gram = fmt.unpack(start.codes).reshape(-1).long(), hessian(d, seen)
+    book = start.global_scale.clone().requires_grad_()
+    optimizer = torch.optim.RMSprop([book], lr=VQ4DiT.book_rate, alpha=0.9, eps=1e-20)
+    first, best = None, None
+    for step in range(VQ4DiT.steps + 1):
+        error = d.target() - book[index].view(d.target().shape) * start.scales
+        loss = ((error @ gram) * error).sum()
+        lost = float(loss.detach())
+        first = first or lost
+        if step % 10 == 0 and (best is None or lost < best[0]):
+            best = lost, book.detach().clone()
+        optimizer.zero_grad()
+        (loss / first).backward()
+        optimizer.step()
+    words = made[1].qweight.global_scale
+    assert (
+        float((words - best[1]).norm() / best[1].norm())
+        < 0.01
+        < float((words - start.global_scale).norm() / words.norm())
+    )
+
+
 def test_what_is_stored_are_indices_and_a_codebook(trained):
     d, _, made = trained
     q = made[2].qweight

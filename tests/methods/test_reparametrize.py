@@ -5,12 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import qgen
 from qgen.calibration.moments import Moments, fine_edges
 from qgen.kernels import reference
 from qgen.methods.base import Stats, refine
 from qgen.methods.reparametrize import Reparametrize, axis, group, grouped, ranges, spread
 from qgen.methods.temporal import Center, Static, TemporalBias, begin
+from qgen.nn import packed_layer
 from qgen.recipe import Spec
 from qgen.site import Draft, Site
 
@@ -95,6 +98,40 @@ def test_it_changes_nothing_where_channels_are_alike():
     d = layer("int4_row", "int4_row", (Reparametrize(),))
     made = refine(d, stats(rows[:1024], rows[1024:]))
     assert made.smooth is None or float(made.smooth.log().std()) < 0.1
+
+
+@pytest.mark.parametrize("act", ["int8_row", "int8_g64"])
+def test_scales_of_channels_are_refused_by_files_until_they_are_folded(act, tmp_path):
+    """QuEST's card, test 3: a scale for each input channel serves no integer product; as smoothing and one scale it is the same layer."""
+    rows = normed(512, 1)
+    scale = rows.abs().amax(0) / 127  # of each channel
+    mean = scale.log().mean().exp()
+    w = torch.randn(N, K, generator=torch.Generator().manual_seed(5)) / K**0.5
+
+    def layer_of(smooth, steps):
+        ratio = torch.ones(2) if act == "int8_g64" else torch.ones(1)  # K of 96 is padded to 128
+        made = replace(
+            layer("int8_row", act, ()), weight=w, smooth=smooth, steps=steps, ratio=ratio, dtype=torch.float32
+        )
+        return nn.Sequential(packed_layer(made, nn.Linear(K, N, bias=False)))
+
+    model = layer_of(None, mean.reshape(1))
+    model[0].act_scale = nn.Parameter(scale, requires_grad=False)
+    for write in (
+        lambda: qgen.save(model, tmp_path / "m"),
+        lambda: qgen.export(model, "comfy", tmp_path / "m.safetensors"),
+        lambda: qgen.export(model, "qgen", tmp_path / "own"),
+    ):
+        with pytest.raises(ValueError, match=r"'0' has 96 activation scales.* fold them into the weight, as smoothing"):
+            write()
+    folded = layer_of(scale / mean, mean.reshape(1))
+    qgen.prepare(folded, "reference")
+    qgen.save(folded, tmp_path / "m")
+    again = qgen.load(tmp_path / "m", into=nn.Sequential(nn.Linear(K, N, bias=False)))
+    qgen.prepare(again, "reference")
+    by_hand = (rows / scale).round().clamp(-127, 127) * scale @ folded[0].dequantize().T
+    error = lambda y: float((y - rows @ w.T).square().sum() / (rows @ w.T).square().sum())  # noqa: E731
+    assert abs(error(again(rows)) - error(by_hand)) < 1e-5 and error(by_hand) < 1e-3
 
 
 # -- DGQ ------------------------------------------------------------------------------------------------------------

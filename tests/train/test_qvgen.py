@@ -118,7 +118,7 @@ def test_it_ends_no_worse_than_training_without_the_branch():
             qgen.finetune(student, teacher, method, steps=600, calibration=rows(2, 60), progress=False)
             total += loss(student, teacher) / before
         finals.append(total / 4)
-    assert finals[0] < 0.8 and finals[0] <= 1.0 * finals[1] + 0.02, finals
+    assert finals[0] < 0.8 and finals[0] <= finals[1], finals
 
 
 @pytest.mark.parametrize("count", [20, 30, 50])
