@@ -42,7 +42,9 @@ def recorded(recorder, steps=20, n=12):
 
 
 def test_all_are_registered():
-    assert {"uniform", "logsnr", "normal", "importance", "few-step", "recorder"} <= set(calibrators)
+    assert {"uniform", "logsnr", "normal", "importance", "few-step", "recorder", "synthetic", "batchnorm"} <= set(
+        calibrators
+    )
 
 
 @pytest.mark.parametrize("kind", [Recorder, LogSNR, NormalSteps, Importance, FewStep])
