@@ -4,7 +4,7 @@ Prompts come before steps: text-dependent layers see one text per prompt but man
 before it overfits few steps. By default every prompt contributes a few steps, spread over the whole trajectory.
 """
 
-__all__ = ["Recorder", "as_calls"]
+__all__ = ["Recorder", "as_calls", "timed"]
 
 import inspect
 import logging
@@ -36,7 +36,7 @@ class Recorder:
     held: share of runs held out.
     branches: keep the halves of classifier-free guidance, which come as one batch, as calls of their own. inputs: further arguments of the
     pipeline with one value for each prompt, {"image": [...]}: images, videos, or latents (a tensor or a list). A pipeline that takes no
-    prompt is driven by them alone.
+    prompt is driven by them alone, and so is one that gets `prompt_embeds`, here or among the arguments of the call.
     texts: prompts, counted with those of `samples`, that layers which read text alone are fitted to, if so many are given: of those beyond
     `samples` one step is drawn, which costs little more than the text encoder.
     """
@@ -49,6 +49,15 @@ class Recorder:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     texts: int = 128
     outputs: ClassVar[bool] = False  # whether `pick` reads the denoiser's outputs
+
+    def __post_init__(self) -> None:
+        least = {"samples": 1, "steps": 1, "batch": 0, "texts": 0}
+        if wrong := [f"{name}={getattr(self, name)}" for name, low in least.items() if getattr(self, name) < low]:
+            raise ValueError(
+                f"a recorder wants at least one sample and one step and no negative number, found {wrong[0]}"
+            )
+        if not 0 <= self.held < 1:
+            raise ValueError(f"held is the share of runs that are held out, from 0 to below 1, found {self.held}")
 
     def pick(self, run: Sequence[Call], count: int, sample: int) -> list[int]:
         """Which calls of one run to keep: ascending indices. Here evenly spread, with an offset that moves from run to run."""
@@ -76,8 +85,9 @@ class Recorder:
         if prompts is None:
             prompts = getattr(pipe, "calibration_prompts", None) or PROMPTS
         given = as_prompts(prompts, max(self.samples, self.texts))
+        embedded = (call_kwargs or {}).get("prompt_embeds") is not None or "prompt_embeds" in self.inputs
         drive = partial(self._drive, pipe, denoisers, seed=seed, progress=progress, team=team)
-        runs = self._runs(pipe, given[: self.samples], denoisers)
+        runs = self._runs(pipe, [] if embedded else given[: self.samples], denoisers)
         calls, texts = drive(runs, dict(call_kwargs or {})), {}
         if further := self._further(pipe, given, call_kwargs or {}):
             more = self._runs(pipe, further, denoisers)
@@ -86,18 +96,25 @@ class Recorder:
             except Exception as error:
                 log.warning("%s draws nothing in one step (%s): no further texts", type(pipe).__name__, error)
         origin = f"{sum(len(run.get('prompt', '1')) for run in runs)} prompts, {self.steps} steps each"
-        origin += f", {len(further)} more texts" if texts else ""
+        more_texts = f", {len(further)} more texts"
         made = {
-            name: CalibrationSet(found, origin, texts=texts.get(name, ())) for name, found in calls.items() if found
+            name: CalibrationSet(found, origin + more_texts * bool(texts.get(name)), texts=texts.get(name, ()))
+            for name, found in calls.items()
+            if found
         }
         return {name: calls.hold_out(self.held) for name, calls in made.items()}
 
     def _further(self, pipe: Any, prompts: list[str], options: dict) -> list[str]:
-        """Prompts beyond `samples` that are drawn for one step; none where a pipeline's steps are told otherwise."""
+        """Prompts beyond `samples`, each once, that are drawn for one step; none where a pipeline's steps are told otherwise."""
         known = inspect.signature(type(pipe).__call__).parameters
         able = {"prompt", "num_inference_steps"} <= known.keys() and not self.inputs
         told = {"timesteps", "sigmas", "prompt_embeds"} & {name for name, value in options.items() if value is not None}
-        return prompts[self.samples : self.texts] if able and not told else []
+        drawn = set(prompts[: self.samples])
+        return (
+            [p for p in dict.fromkeys(prompts[self.samples : self.texts]) if p not in drawn]
+            if able and not told
+            else []
+        )
 
     def _drive(
         self, pipe: Any, denoisers: dict[str, nn.Module], runs: list[dict], options: dict, *,
@@ -125,9 +142,9 @@ class Recorder:
         }
 
     def _runs(self, pipe: Any, prompts: list[str], denoisers: dict[str, nn.Module]) -> list[dict[str, Any]]:
-        """The arguments that differ from run to run."""
+        """The arguments that differ from run to run. prompts: [] where embeddings take their place."""
         known = inspect.signature(type(pipe).__call__).parameters
-        varied: dict[str, Any] = {"prompt": prompts} if "prompt" in known else {}
+        varied: dict[str, Any] = {"prompt": prompts} if "prompt" in known and prompts else {}
         for name, values in self.inputs.items():
             if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
                 raise ValueError(
@@ -216,6 +233,16 @@ def _timestep(module: nn.Module, args: tuple, kwargs: dict) -> float | None:
     """The timestep that a call gives its denoiser, as a float (the first sample's if it is a batch)."""
     t = timestep_of(module, args, kwargs)
     return None if t is None else float(t[0])
+
+
+def timed(calls: CalibrationSet, module: nn.Module) -> CalibrationSet:
+    """The set with the timestep that each call gives the denoiser, where its moment has none: calls that a user made say nothing of it."""
+
+    def told(call: Call) -> Call:
+        t = call.moment.t if call.moment.t is not None else _timestep(module, call.args, call.kwargs)
+        return call if t == call.moment.t else replace(call, moment=replace(call.moment, t=t))
+
+    return replace(calls, calls=tuple(map(told, calls.calls)), texts=tuple(map(told, calls.texts)))
 
 
 def split_branches(call: Call, batch: int) -> list[Call]:

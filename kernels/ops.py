@@ -28,8 +28,17 @@ def _linear(x: Tensor, *args, kernel: str | None = None) -> Tensor:
     run, slots = registry.find("linear", name).run, Slots._make(args)
     if torch.is_autocast_enabled(x.device.type):  # a kernel chooses its own precision
         with torch.autocast(x.device.type, enabled=False):
-            return run(x, slots)
-    return run(x, slots)
+            return own(run(x, slots))
+    return own(run(x, slots))
+
+
+def own(y: Tensor) -> Tensor:
+    """An op's output as a tensor of its own, without a copy.
+
+    Kernels end in a reshape, and where gradients are wanted torch lets nobody write to a view that an op made: `nn.ReLU(inplace=True)`
+    after a layer would be an error.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def _linear_grad(dy: Tensor, *args) -> Tensor:

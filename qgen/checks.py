@@ -26,6 +26,11 @@ def refuse_quantized(module: nn.Module, name: str) -> None:
             raise NotQuantizable(
                 f"{name or type(module).__name__} is quantized already (layer {path}); load the 16-bit model first"
             )
+        hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", {})
+        if any("group_offloading" in str(hook) for hook in hooks):
+            raise NotQuantizable(
+                f"{name or type(module).__name__} is offloaded by group: quantize it first, and call enable_group_offload then"
+            )
         if kind_of(layer) and (other := _packed_as(layer)):
             raise NotQuantizable(
                 f"{name or type(module).__name__}: layer {path} holds {other}, packed by another library"
@@ -33,24 +38,27 @@ def refuse_quantized(module: nn.Module, name: str) -> None:
 
 
 def _packed_as(layer: Any) -> str:
-    """What a layer's weight is if another library packed it: its dtype, or the class of a tensor that only looks like a float one."""
+    """What a layer's weight is if another library packed it, or will when it is moved or first called: its dtype, or the class of a
+    tensor or a parameter that only looks like a float one."""
     weight = layer.weight
     if not weight.is_complex() and not (weight.is_floating_point() and weight.itemsize > 1):
         return str(weight.dtype)
-    kind = type(weight.data)
-    return (
-        ""
-        if kind is torch.Tensor or issubclass(kind, nn.Parameter)
-        else f"a {kind.__module__.partition('.')[0]} {kind.__name__}"
-    )
+    kinds = [kind for kind in (type(weight), type(weight.data)) if kind.__module__.partition(".")[0] != "torch"]
+    return f"a {kinds[0].__module__.partition('.')[0]} {kinds[0].__name__}" if kinds else ""
 
 
 def check_weights(module: nn.Module, name: str) -> None:
     """BadData naming the first parameter that holds NaN or infinity, or that is on the meta device."""
     for path, p in module.named_parameters():
         if p.device.type == "meta":
+            away = hasattr(module.get_submodule(path.rpartition(".")[0]), "_hf_hook")
             raise BadData(
-                f"{name or type(module).__name__}: parameter {path} has no data (meta device); load the weights first"
+                f"{name or type(module).__name__}: parameter {path} "
+                + (
+                    "is offloaded by accelerate: take the hooks off (pipe.remove_all_hooks()), or quantize the model before it is offloaded"
+                    if away
+                    else "has no data (meta device); load the weights first"
+                )
             )
         if (
             p.is_floating_point()

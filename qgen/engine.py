@@ -26,7 +26,7 @@ from qgen.allocate import allocate, asked
 from qgen.calibration import files  # noqa: F401 (hangs `save` and `load` on the folder)
 from qgen.calibration.base import CalibrationSet, Call
 from qgen.calibration.prompts import as_prompts
-from qgen.calibration.recorder import Recorder, as_calls
+from qgen.calibration.recorder import Recorder, as_calls, timed
 from qgen.checks import check_weights, parse_bytes, refuse_quantized
 from qgen.errors import NotQuantizable
 from qgen.io.hub import attach
@@ -34,7 +34,7 @@ from qgen.methods.attention import as_spec, quantize_attention
 from qgen.methods.base import sqnr_db
 from qgen.methods.temporal import timed_or_blind
 from qgen.models import adapter_for
-from qgen.nn import clock, mlp, packed_layer
+from qgen.nn import clock, keep_hooks, mlp, packed_layer
 from qgen.nn.attention import remove
 from qgen.nn.experts import opened
 from qgen.nn.kinds import empty
@@ -369,6 +369,7 @@ class _Job:
         new.path = path
         new.train(False)
         old = self.module.get_submodule(path)
+        keep_hooks(new, old)
         for alias in [
             p for p, layer in self.module.named_modules(remove_duplicate=False) if layer is old
         ]:  # shared layers have several
@@ -436,12 +437,12 @@ def _calls(
         sets = {name: as_calls(given) for name, given in calibration.items()}
     else:
         sets = {name: as_calls(calibration) for name in denoisers}
-    for name in denoisers:
+    for name, module in denoisers.items():
         if name not in sets:
             raise ValueError(
                 f"calibration never called the denoiser {name!r}; record calls that do, or skip it in the recipe"
             )
-        sets[name] = sets[name].clean().hold_out()
+        sets[name] = timed(sets[name], module).clean().hold_out()
     return sets
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qgen
-from qgen.errors import NotQuantizable
+from qgen.errors import BadData, NotQuantizable
 from qgen.nn import QuantLinear
 from qgen.nn.packed import Packed
 from tests import tiny
@@ -42,6 +42,16 @@ def test_a_model_of_bitsandbytes():
     model[2].weight = bnb.nn.Params4bit(torch.zeros(1920, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(NotQuantizable, match=r"layer 2 holds torch\.uint8, packed by another library"):
         quantize(model, torch.randn(2, 64))
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_a_model_of_bitsandbytes_that_is_not_packed_yet(kind):
+    """Its weights are floats until the model is moved or called; the class of the parameter tells."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = tiny.plain()
+    model[2] = getattr(bnb.nn, kind)(96, 40)
+    with pytest.raises(NotQuantizable, match=r"layer 2 holds a bitsandbytes \w+, packed by another library"):
+        quantize(model)
 
 
 def test_a_tensor_that_only_looks_like_a_float_one():
@@ -113,6 +123,133 @@ def test_computing_with_a_packed_weight_is_refused(use):
         use(model.a.weight, torch.randn(5, 64))
 
 
+@pytest.mark.parametrize("join", [torch.cat, torch.stack], ids=["cat", "stack"])
+def test_joining_packed_weights_is_refused(join):
+    """As diffusers' `fuse_qkv_projections` does, which would write the placeholders' zeros into a new layer."""
+    model = quantize(Stack(None))
+    with pytest.raises(RuntimeError, match="weight of the quantized layer 'a' is read by"):
+        join([model.a.weight.data, model.b.weight.data])
+
+
+@pytest.mark.parametrize("copied", ["clone", "detach", "double", "contiguous"])
+def test_copies_of_a_packed_weight_are_no_values_either(copied):
+    weight = getattr(quantize(Stack(None)).a.weight, copied)()
+    assert weight.shape == (64, 64)
+    with pytest.raises(RuntimeError, match="weight of the quantized layer 'a' is read by linear"):
+        F.linear(torch.randn(5, 64).to(weight.dtype), weight)
+
+
+# -- layers of a class of their own ------------------------------------------------------------------------------------
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Several(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+class Written(nn.Linear):
+    """The same sums in other words, as transformers' FalconLinear has them."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("calls", [True, False], ids=["with calls", "by definition"])
+@pytest.mark.parametrize("odd", [Doubled, Several, Causal], ids=lambda c: c.__name__)
+def test_a_layer_that_computes_something_else_stays_float_and_is_listed(odd, calls):
+    first = (lambda self, x: self.a(x.mT).mT) if odd is Causal else (lambda self, x: self.a(x))
+    model = Stack(lambda self, x: self.b(first(self, x)[0] if odd is Several else first(self, x)))
+    model.a = (odd(64, 64, 3) if odd is Causal else odd(64, 64)).requires_grad_(False)
+    x = torch.randn(2, 7, 64)
+    want = model(x)
+    quantize(model, *[x] * calls)
+    assert packed(model) == {"b"} and sqnr(model(x), want) > 15
+    (row,) = (row for row in model.qgen_report if row["path"] == "a")
+    assert row["spec"] == "float" and row["why"] == f"{odd.__name__} computes something else than its base class does"
+
+
+def test_a_layer_that_says_the_same_in_other_words_is_packed():
+    model = Stack(lambda self, x: self.b(self.a(x)))
+    model.a = Written(64, 64).requires_grad_(False)
+    quantize(model)
+    assert packed(model) == {"a", "b"}
+
+
+def test_a_replaced_forward_counts_as_one_of_its_own():
+    model = Stack(lambda self, x: self.b(self.a(x)))
+    model.a.forward = lambda x: x
+    quantize(model)
+    assert packed(model) == {"b"}
+
+
+@pytest.mark.parametrize("calls", [True, False], ids=["with calls", "by definition"])
+def test_hooks_of_a_layer_stay(calls, tmp_path):
+    """And the handle that the user holds takes them off."""
+    model = Stack(lambda self, x: self.b(torch.relu(self.a(x))))
+    x = torch.randn(5, 64)
+    handle = model.a.register_forward_hook(lambda layer, args, out: 3 * out)
+    want = model(x)
+    quantize(model, *[x] * calls)
+    assert packed(model) == {"a", "b"} and sqnr(model(x), want) > 12
+    qgen.save(model, tmp_path)
+    other = Stack(model.run)
+    other.a.register_forward_hook(lambda layer, args, out: 3 * out)
+    assert torch.equal(qgen.load(tmp_path, into=other)(x), model(x))
+    handle.remove()
+    assert not torch.equal(model(x), qgen.load(tmp_path, into=Stack(None)).b(x)) and not model.a._forward_hooks
+
+
+def test_hooks_that_compute_a_weight_have_done_their_work():
+    model = Stack(lambda self, x: self.b(self.a(x)))
+    model.a = nn.utils.spectral_norm(model.a)
+    x = torch.randn(5, 64)
+    model.eval()
+    want = model(x)
+    quantize(model, x)
+    assert packed(model) == {"a", "b"} and sqnr(model(x), want.detach()) > 12
+
+
+def test_a_float64_model(tmp_path):
+    """Packed layers hold float32, what stays float is float64, and so is the output."""
+    model = Stack(lambda self, x: self.b(torch.relu(self.a(x)))).double()
+    x = torch.randn(5, 64).double()
+    want = model(x)
+    quantize(model, x)
+    got = model(x)
+    assert got.dtype == torch.float64 and model.a.bias.dtype == torch.float32 and sqnr(got, want) > 12
+    qgen.save(model, tmp_path)
+    assert torch.equal(qgen.load(tmp_path, into=Stack(model.run).double())(x), got)
+    assert torch.equal(model.double()(x), got)
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_an_offloaded_model_is_refused(kind):
+    """New layers would not be among those that the hooks move."""
+    pytest.importorskip("diffusers", reason="the hooks are diffusers'")
+    model = tiny.flux()
+    options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **options)
+    with pytest.raises(
+        NotQuantizable, match="offloaded by group: quantize it first, and call enable_group_offload then"
+    ):
+        quantize(model)
+
+
+def test_a_model_offloaded_by_accelerate_is_refused():
+    accelerate = pytest.importorskip("accelerate", reason="the hooks are accelerate's")
+    model = accelerate.cpu_offload(tiny.plain(), torch.device("cpu"))
+    with pytest.raises(BadData, match=r"parameter 0\.weight is offloaded by accelerate: .*quantize the model before"):
+        quantize(model)
+
+
 def test_a_layer_called_by_keyword():
     model = Stack(lambda self, x: self.b(input=self.a(input=x)))
     x = torch.randn(5, 64)
@@ -157,6 +294,19 @@ def test_no_tokens_and_no_samples(shape, recipe):
 
 
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_one_sample_without_its_axis(conv):
+    """As torch allows, while it calibrates and afterwards."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(32, 64, 3, padding=1), nn.GELU(), conv(64, 32, 3, padding=1)).requires_grad_(False)
+    x = [torch.randn(32, *[5] * int(conv.__name__[4])) for _ in range(3)]
+    want = model(x[0])
+    qgen.quantize(model, "w8a8", calibration=x, progress=False)
+    got = model(x[0])
+    assert packed(model) == {"0", "2"} and got.shape == want.shape and sqnr(got, want) > 30
+    torch.testing.assert_close(model(x[0][None])[0], got)
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_convolutions_of_every_dimension(conv, tmp_path):
     """Strides, dilation, padding, no sample, and a picture of one row: the packed layer is the float one with its values."""
     dims = int(conv.__name__[4])
@@ -194,3 +344,20 @@ def test_a_gpt2_stores_its_weights_the_other_way_round(tmp_path):
     assert sqnr(got.double(), want.double()) > 12
     qgen.save(model, tmp_path)
     assert torch.equal(qgen.load(tmp_path)(input_ids=torch.arange(9)[None]).logits, got)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(64, 64), nn.Conv1d(64, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv3d(64, 64, 3)], ids=str
+)
+@pytest.mark.parametrize("recipe", ["rtn-w4a16", "rtn-int4"])
+def test_writing_to_an_output_where_gradients_are_wanted(layer, recipe):
+    """`nn.ReLU(inplace=True)` after a layer, in training a LoRA, or without `no_grad`: the gradient is that of the same without writing."""
+    x = torch.randn(2, 64, *[5] * (layer.weight.ndim - 2))
+    grads = []
+    model = quantize(nn.Sequential(layer).requires_grad_(False), recipe=recipe)
+    for inplace in (True, False):
+        given = x.clone().requires_grad_()
+        y = F.relu(model(given * 1.0), inplace=inplace)
+        y.square().sum().backward()
+        grads.append((y.detach(), given.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and grads[0][1].abs().sum() > 0

@@ -465,7 +465,7 @@ def test_one_call_of_many_that_overflows_inside_is_dropped_and_named(caplog):
     model.blocks[1].norm = Overflowing()
     calls.calls[5].args[0].mul_(1e4)
     quantize(model, calibration=calls)
-    line = "sample 2, step 1: the input of layer blocks.1.q holds NaN or infinity"
+    line = "sample 2, step 1, timestep 0.8: the input of layer blocks.1.q holds NaN or infinity"
     assert f"calibration call dropped: {line}" in caplog.text and line in model.qgen_report[-1]["why"]
     twin = tiny.net()
     twin.blocks[1].norm = Overflowing()

@@ -89,6 +89,23 @@ def test_offload_by_accelerate(flux, tmp_path, way):
     assert all(layer.kernel and layer.codes.device.type == "cpu" for layer in away)
 
 
+@pytest.mark.parametrize("way", [_cpu, _disk, _own_map], ids=["cpu", "disk", "own map"])
+def test_offload_of_convolutions_by_accelerate(tmp_path, way):
+    """Their kernels are another op's, and static scales by timestep stand around it: as `pipe.enable_sequential_cpu_offload()` has them."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    calls = [tiny.unet_call(seed) for seed in range(4)]
+    model = qgen.quantize(tiny.unet(), "w4a8-static", calibration=calls, progress=False)
+    with torch.no_grad():
+        want = tiny.first(calls[0].run(model))
+        way(model, tmp_path)
+        away = [m for m in model.modules() if isinstance(m, qgen.nn.QuantConv2d) and m.codes.device.type == "meta"]
+        assert away and all(layer.t_scale is not None for layer in away)
+        assert torch.equal(tiny.first(calls[0].run(model)), want) and torch.equal(tiny.first(calls[0].run(model)), want)
+        remove_hook_from_submodules(model)
+        assert torch.equal(tiny.first(calls[0].run(model)), want)
+
+
 def test_model_offload(flux):
     """What `pipe.enable_model_cpu_offload()` puts on every part: whole models move there and back."""
     from accelerate import cpu_offload_with_hook

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import qgen
 from qgen import Recipe, Spec
+from qgen.calibration.recorder import timed
 from qgen.methods.gptq import GPTQ
 from qgen.methods.lowrank import LowRank
 from qgen.nn.packed import Packed
@@ -171,8 +172,8 @@ def test_every_wave_is_in_the_journal_as_written(tmp_path):
     model = job(tmp_path)
     journal_files = sorted(p.name for p in tmp_path.iterdir())
     assert journal_files[0] == "journal-module.json" and all(n.startswith("wave-module-") for n in journal_files[1:])
-    calls, kept = tiny.net_calls(4, 1).hold_out(), {}
-    float_model = tiny.net(6)
+    float_model, kept = tiny.net(6), {}
+    calls = timed(tiny.net_calls(4, 1), float_model).hold_out()
     from qgen.probe import probe
     from qgen.waves import passes, plan
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qgen.errors import BadCheckpoint
 from qgen.io.files import Files
 from qgen.io.header import Header, LayerEntry
-from qgen.nn import attention, clock
+from qgen.nn import attention, clock, keep_hooks
 from qgen.nn.experts import restack, unstack
 from qgen.nn.kinds import empty, kind_of
 from qgen.nn.packed import FLOAT_SLOTS, Packed
@@ -100,6 +100,7 @@ def swap(module: nn.Module, plan: Plan) -> None:
     for path, layer in plan.layers.items():
         parent, _, name = path.rpartition(".")
         layer.path = path
+        keep_hooks(layer, module.get_submodule(path))
         setattr(module.get_submodule(parent), name, layer.train(module.training))
 
 

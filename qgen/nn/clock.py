@@ -97,8 +97,8 @@ def _per_sample(value: Any) -> Tensor | None:
 
 
 def apply(layer: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """`run(x)` of a packed layer with its timed tables around it; x (B, …, K), or (B, C, H, W) for a convolution."""
-    conv = hasattr(layer, "kernel_size")
+    """`run(x)` of a packed layer with its timed tables around it; x (B, …, K), or (B, C, H, W) for a 2-D convolution."""
+    images = isinstance(layer, nn.Conv2d)  # other convolutions come here as patches
     bins = _bins(layer, x)
 
     def rows(table: Tensor | None, like: Tensor) -> Tensor | None:
@@ -109,7 +109,7 @@ def apply(layer: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
             found = found.repeat_interleave(len(like) // len(bins), 0)
         return (
             found[(..., *[None] * (like.ndim - 2))]
-            if conv
+            if images
             else found.reshape(len(found), *[1] * (like.ndim - 2), found.shape[1])
         )
 

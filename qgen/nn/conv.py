@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qgen.kernels import conv_ops, conv_reference
 from qgen.kernels.conv_ops import ConvAsk, Geometry
 from qgen.kernels.ops import SLOTS
-from qgen.nn import clock
+from qgen.kernels.registry import Kernel
 from qgen.nn.linear import bins_of, slots_of
 from qgen.nn.packed import Layout, Packed
 from qgen.site import Draft
@@ -60,24 +60,17 @@ class QuantConv2d(Packed, nn.Conv2d):
         conv_ops.offer()
         return ConvAsk(**{**vars(super().ask()), "op": "conv2d"}, geometry=Geometry.of(self))
 
-    def canonical(self) -> dict[str, Tensor]:
-        """The tensors that are present, by slot, in canonical layout: the bytes that files hold."""
-        slots = {name: p.detach() for name, p in self.slots().items()}
-        return slots if self.kernel is None else self._around(conv_ops.find(self.kernel).unpack, slots)
+    def found(self, kernel: str) -> Kernel:
+        """The kernel of this name, of the op that the layer runs."""
+        return conv_ops.find(kernel)
 
-    def serves(self, kernel: str) -> str | None:
-        """`kernel` if it can serve this layer as it is now, else None."""
-        return None if conv_ops.find(kernel).needs.refusals(self.ask()) else kernel
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input[None])[0] if input.ndim == 3 else self._run(input)  # one sample, as torch allows
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kernel is None:
-            raise RuntimeError(f"{type(self).__name__} has no kernel yet: call qgen.prepare(model) or layer.prepare()")
-        return clock.apply(self, x, self._conv) if self.timed else self._conv(x)
-
-    def _conv(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, kernel: str) -> Tensor:
         return torch.ops.qgen.conv2d(
             x, *[getattr(self, slot) for slot in SLOTS], self.weight_format, self.act_format, self.n, self.k,
-            self.hadamard, self.kernel_size, self.stride, self.padding, self.dilation, self.kernel,
+            self.hadamard, self.kernel_size, self.stride, self.padding, self.dilation, kernel,
         )  # fmt: skip
 
 

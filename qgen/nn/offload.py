@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qgen.kernels import registry
-
 if TYPE_CHECKING:
     from qgen.nn.packed import Packed
 
@@ -30,8 +28,7 @@ def hooked(layer: "Packed", hook: Any) -> None:
         return
     kept = next(h.weights_map for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False))
     if type(kept) is dict:  # made of the layer's own memory, and not of a state dict
-        kernel = registry.find("linear", layer.kernel)
-        kept.update(layer._around(kernel.unpack, {slot: kept[slot] for slot in layer.slots()}))
+        kept.update(layer._around(layer.found(layer.kernel).unpack, {slot: kept[slot] for slot in layer.slots()}))
     layer.fill({slot: torch.empty_like(kept[slot], device="meta") for slot in layer.slots()})
     layer.lent = True
 

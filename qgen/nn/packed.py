@@ -5,7 +5,7 @@ in memory they may be packed for the chosen kernel. All slots but the bias keep 
 numbers. The layer looks like `nn.Linear` / `nn.Conv2d` to LoRA loaders: `weight` is a placeholder of the right shape that takes no memory.
 """
 
-__all__ = ["Layout", "Packed", "Placeholder"]
+__all__ = ["Layout", "Packed", "Placeholder", "held_as"]
 
 import copy
 from dataclasses import asdict, dataclass
@@ -56,19 +56,14 @@ _READS = {
         "div",
     ),
     *("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+    *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "block_diag", "kron", "norm", "linalg_norm"),
     *("bilinear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention"),
     *("__matmul__", "__rmatmul__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__"),
 }
-_VIEWS = {
-    "__get__",
-    "__getitem__",
-    "t",
-    "transpose",
-    "permute",
-    "reshape",
-    "view",
-    "flatten",
-}  # these stay placeholders
+_VIEWS = {  # these, and copies, stay placeholders
+    *("__get__", "__getitem__", "t", "transpose", "permute", "reshape", "view", "flatten", "contiguous"),
+    *("clone", "detach", "to", "type", "float", "half", "bfloat16", "double", "cpu", "cuda"),
+}
 
 
 class Placeholder(Tensor):
@@ -89,9 +84,8 @@ class Placeholder(Tensor):
                 "merge a LoRA, qgen.unfuse_lora(pipe) to take it out, layer.dequantize() for values"
             )
         if name in _READS:
-            path = next(
-                (str(getattr(t, "path", "")) for t in (*args, *(kwargs or {}).values()) if isinstance(t, cls)), ""
-            )
+            given = [t for x in (*args, *(kwargs or {}).values()) for t in (x if isinstance(x, (list, tuple)) else [x])]
+            path = next((str(getattr(t, "path", "")) for t in given if isinstance(t, cls)), "")
             raise RuntimeError(
                 f"the weight of the quantized layer {path or '(unnamed)'!r} is read by {name}() and not through the layer, which has no "
                 f'float values: keep it float with recipe.skip("{path or "…"}"), or use layer.dequantize()'
@@ -164,7 +158,7 @@ class Packed(nn.Module):
     def canonical(self) -> dict[str, Tensor]:
         """The tensors that are present, by slot, in canonical layout: the bytes that files hold."""
         slots = {name: p.detach() for name, p in self.slots().items()}
-        return slots if self.kernel is None else self._around(registry.find("linear", self.kernel).unpack, slots)
+        return slots if self.kernel is None else self._around(self.found(self.kernel).unpack, slots)
 
     def _around(self, way, slots: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a kernel's `pack` or `unpack` makes of the slots that it knows, and those beside as they are."""
@@ -210,9 +204,13 @@ class Packed(nn.Module):
             on, self.hadamard, static,
         )  # fmt: skip
 
+    def found(self, kernel: str) -> registry.Kernel:
+        """The kernel of this name, of the op that the layer runs."""
+        return registry.find("linear", kernel)
+
     def serves(self, kernel: str) -> str | None:
         """`kernel` if it can serve this layer as it is now, else None: `prepare(layer.serves(old))` keeps a kernel where it can."""
-        return None if registry.find("linear", kernel).needs.refusals(self.ask()) else kernel
+        return None if self.found(kernel).needs.refusals(self.ask()) else kernel
 
     def prepare(self, kernel: str | None = None) -> str:
         """Chooses a kernel for this device (or takes `kernel`), packs for it, returns its name. NoKernel with reasons if none serves."""
@@ -244,7 +242,7 @@ class Packed(nn.Module):
         """The op, or its halves where the first one's result may serve the next layer that reads x."""
         if not self.act_format or not keeps(x):
             return torch.ops.qgen.linear(x, *self.record(), kernel)
-        halves = registry.find("linear", kernel)
+        halves = self.found(kernel)
         if halves.quantize is None or halves.multiply is None:
             return torch.ops.qgen.linear(x, *self.record(), kernel)
         quantize, multiply, slots = halves.quantize, halves.multiply, self.record()
@@ -392,8 +390,13 @@ class Packed(nn.Module):
         )
 
 
+def held_as(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the float slots in a model of this dtype: float32 where it is float64, which neither files nor kernels have."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
 def _castable(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize > 1
+    return dtype.is_floating_point and dtype.itemsize in (2, 4)
 
 
 def _moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgen.nn.build import keep_hooks
 from qgen.nn.kinds import CONVOLUTIONS, is_layer, kind_of
 from qgen.nn.packed import Packed
 
@@ -97,6 +98,7 @@ def part(module: nn.Module, path: str, sizes: Sequence[int]) -> Parted:
     """Puts a `Parted` in the place of the float layer at `path`, under all of its names, and returns it."""
     layer = module.get_submodule(path)
     made = Parted(layer, sizes)
+    keep_hooks(made, layer)
     for alias in [p for p, found in module.named_modules(remove_duplicate=False) if found is layer]:
         _replace(module, alias, made)
     return made

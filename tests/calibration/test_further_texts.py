@@ -131,6 +131,53 @@ def test_a_pipeline_that_cannot_draw_one_step_goes_without(caplog):
     assert len(calls.calls) == 6 and not calls.texts and "two steps at least" in caplog.text
 
 
+def test_a_text_that_was_drawn_or_comes_again_is_none():
+    pipe, prompts = qgen.demo_pipeline(), ["a", "b", "c", "a", "d", "d", "e"]
+    assert RECORDER._further(pipe, prompts, {}) == ["d", "e"]
+    parts = {"transformer": pipe.transformer}
+    calls = RECORDER.calls(pipe, parts, ["a"] * 9, {"num_inference_steps": 2})["transformer"]
+    assert len(calls.calls) == 6 and not calls.texts and "more texts" not in calls.origin
+
+
+def test_embeddings_take_the_place_of_prompts(pipe):
+    """Among the arguments of the call they are one sample; as inputs, one for each."""
+    text, mask, *_ = pipe.encode_prompt(["a cat", "a dog", "a house"], do_classifier_free_guidance=False)
+    given = {"prompt_embeds": text, "prompt_attention_mask": mask}
+    calls = record(pipe, call_kwargs={"num_inference_steps": 4, **given})
+    assert len(calls.calls) == 2 and not calls.texts
+    assert torch.equal(calls.calls[0].kwargs["encoder_hidden_states"][-3:], text)
+    calls = record(pipe, replace(RECORDER, inputs=given, batch=1))
+    assert len(calls.calls) == 6 and not calls.texts
+    for call in calls.calls:
+        assert torch.equal(call.kwargs["encoder_hidden_states"][-1:], text[call.moment.sample][None])
+
+
+def test_only_what_got_further_texts_says_so(pipe):
+    """One step of two experts' pipeline calls the one for high noise alone."""
+    idle = torch.nn.Linear(4, 4)
+
+    class Second(type(pipe)):
+        def __call__(self, prompt=None, num_inference_steps=4, **options):
+            if num_inference_steps > 1:
+                idle(torch.ones(len(prompt), 4))
+            return super().__call__(prompt=prompt, num_inference_steps=num_inference_steps, **options)
+
+    twice = qgen.demo_pipeline()
+    twice.__class__ = Second
+    parts = {"transformer": twice.transformer, "transformer_2": idle}
+    sets = RECORDER.calls(twice, parts, demo_prompts("calibration"), {"num_inference_steps": 2})
+    assert "7 more texts" in sets["transformer"].origin and len(sets["transformer"].texts) == 7
+    assert "more texts" not in sets["transformer_2"].origin and not sets["transformer_2"].texts
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"steps": 0}, {"texts": -1}, {"batch": -1}, {"held": 1.0}, {"held": -0.1}]
+)
+def test_numbers_that_say_nothing(wrong):
+    with pytest.raises(ValueError, match=f"found .*{next(iter(wrong.values()))}"):
+        Recorder(**wrong)
+
+
 @pytest.mark.parametrize("options", [{"timesteps": [999, 500]}, {"sigmas": [1.0, 0.5]}])
 def test_none_where_steps_are_told_otherwise(pipe, options):
     assert RECORDER._further(pipe, demo_prompts("calibration"), {}) and not RECORDER._further(

@@ -117,7 +117,7 @@ def test_unfold_and_fold_are_transposes():
     "shape, message",
     [
         ((2, C + 1, 7, 6), rf"wants images \(B, {C}, H, W\), found \(2, {C + 1}, 7, 6\)"),
-        ((C, 7, 6), "wants images"),
+        ((7, 6), "wants images"),
         ((2, C, 0, 6), "no output for images of 0 x 6"),
     ],
 )

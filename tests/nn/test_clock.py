@@ -158,6 +158,48 @@ def test_a_model_that_takes_no_timestep_falls_back_and_says_so(caplog):
     assert "qgen_clock" not in made.__dict__
 
 
+def test_calls_that_a_user_made_tell_their_timestep_by_their_arguments(calls, made, caplog):
+    """Calls whose moment says nothing of it give the same layers as recorded ones, and dicts do not count as calls without one."""
+    bare = tuple(Call(c.args, c.kwargs, Moment(c.moment.sample, c.moment.step)) for c in calls.calls)
+    model = qgen.quantize(Denoiser().eval(), TIMED, calibration=CalibrationSet(bare), progress=False)
+    assert all(torch.equal(t, made["timed"].state_dict()[name]) for name, t in model.state_dict().items())
+    with caplog.at_level(logging.WARNING, logger="qgen"):
+        model = qgen.quantize(
+            Denoiser().eval(), TIMED, calibration=[dict(c.kwargs, x=c.args[0]) for c in calls.calls], progress=False
+        )
+    assert model.qgen_recipe.default.bins == 4 and not caplog.text
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolutions_of_every_dimension_have_tables(conv):
+    """Other widths than pixels, two samples at different timesteps in one call: each as in a call of its own, and near the float model."""
+
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([conv(64, 96, 3, padding=1)])
+
+        def forward(self, x, timestep):
+            return self.layers[0](x * (0.1 + timestep.reshape(-1, *[1] * (x.ndim - 1)) / 500))
+
+    def seen(seed, *ts):
+        x = torch.randn(len(ts), 64, *[4] * int(conv.__name__[4]), generator=torch.Generator().manual_seed(seed))
+        return Call((x,), {"timestep": torch.tensor(ts)}, Moment(seed, t=ts[0]))
+
+    torch.manual_seed(0)
+    model = Timed().eval().requires_grad_(False)
+    both, alone = seen(99, 100.0, 900.0), [seen(99, 100.0, 900.0) for _ in range(2)]
+    alone = [Call((c.args[0][i : i + 1],), {"timestep": c.kwargs["timestep"][i : i + 1]}) for i, c in enumerate(alone)]
+    want = both.run(model)
+    fitted = [seen(10 * s + i, t) for s in range(5) for i, t in enumerate(TS)]
+    recipe = Recipe(Spec("int8_row", "int8_row", (Static(), TemporalBias()), bins=3))
+    qgen.quantize(model, recipe, calibration=fitted, progress=False)
+    assert model.layers[0].t_scale is not None and model.layers[0].t_bias is not None
+    got = both.run(model)
+    assert (got - want).norm() < 0.03 * want.norm()
+    torch.testing.assert_close(got, torch.cat([c.run(model) for c in alone]), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["timed", "static", "blind"])
 def test_save_and_load_keep_every_bit(made, name, tmp_path):
     qgen.save(made[name], tmp_path / "m")
