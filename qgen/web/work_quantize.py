@@ -110,7 +110,9 @@ def _heat(pipe: Any, before: dict[str, Any], asked: dict[str, Any], report: Any)
             setattr(pipe, name, module)
         options = {"num_inference_steps": asked["steps"]} if asked.get("steps") else {}
         given = (asked.get("prompts") or [])[:_HEAT_PROMPTS] or None
-        sets = Recorder(_HEAT_PROMPTS, _HEAT_STEPS, batch=_HEAT_PROMPTS, texts=0).calls(pipe, before, given, options, seed=1)
+        sets = Recorder(_HEAT_PROMPTS, _HEAT_STEPS, batch=_HEAT_PROMPTS, texts=0).calls(
+            pipe, before, given, options, seed=1
+        )
     finally:
         for name, module in after.items():
             setattr(pipe, name, module)
