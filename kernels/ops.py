@@ -36,9 +36,11 @@ def own(y: Tensor) -> Tensor:
     """An op's output as a tensor of its own, without a copy.
 
     Kernels end in a reshape, and where gradients are wanted torch lets nobody write to a view that an op made: `nn.ReLU(inplace=True)`
-    after a layer would be an error.
+    after a layer would be an error. Strides stay, those of axes of size 1 too: later layers choose between layouts by them.
     """
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    if not y._is_view():
+        return y
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 def _linear_grad(dy: Tensor, *args) -> Tensor:
