@@ -20,6 +20,7 @@ from qgen.calibration.recorder import Recorder
 from qgen.demo import assets_dir, demo_prompts
 from qgen.eval.bootstrap import bootstrap_difference
 from qgen.eval.generate import generate
+from qgen.show.rows import share_of_16_bits
 
 FAMILIES = {
     "int4": ("rtn-int4", "svdquant-int4:2", "svdquant-int4"),
@@ -65,10 +66,8 @@ def main() -> None:
         scores = qgen.evaluate(pipe, reference=reference, prompts=prompts, real=real)
         rows = pipe.transformer.qgen_report
         output = next((row["sqnr_db"] for row in rows if row["path"] == "(output)"), float("nan"))
-        sizes = [sum(row.get(key, 0) for row in rows) for key in ("nbytes", "bytes16")]
-        print(
-            f"\n{label}: quantized in {seconds:.0f} s, output SQNR {output:.2f} dB, {sizes[0] / sizes[1]:.3f} of the 16-bit layers"
-        )
+        share = share_of_16_bits(rows)
+        print(f"\n{label}: quantized in {seconds:.0f} s, output SQNR {output:.2f} dB, {share:.3f} of the 16-bit layers")
         print(scores.table())
         result = {
             "recipe": label,

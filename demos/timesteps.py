@@ -24,6 +24,7 @@ from qgen.demo import demo_prompts
 from qgen.eval.bootstrap import bootstrap_difference
 from qgen.eval.generate import generate
 from qgen.methods.lowrank import LowRank
+from qgen.show.rows import share_of_16_bits
 
 PAIRS = (
     "temporal-int4,temporal-int4:1", "temporal-int4,svdquant-int4", "temporal-int4,svdquant-int4@40",
@@ -45,12 +46,6 @@ def recipe_for(name: str) -> qgen.Recipe:
 
     rules = tuple(replace(rule, spec=changed(rule.spec)) for rule in recipe.rules)
     return replace(recipe, default=changed(recipe.default), rules=rules, name=name)
-
-
-def size(pipe) -> float:
-    """Bytes of the quantized layers, those kept float included, over what they take in 16 bits."""
-    report = pipe.transformer.qgen_report
-    return sum(row.get("nbytes", 0) for row in report) / sum(row.get("bytes16", 0) for row in report)
 
 
 def euler():
@@ -105,7 +100,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
         for name in pair.split(","):
             if name not in known:
                 pipe = qgen.quantize(qgen.demo_pipeline(), recipe_for(name), calibration=calls, progress=False)
-                sizes[name] = size(pipe)
+                sizes[name] = share_of_16_bits(pipe.transformer.qgen_report)
                 known[name] = {s: scores(draw(pipe, prompts, s), wanted[s]) for s in SETTINGS}
         a, b = pair.split(",")
         for setting in SETTINGS:

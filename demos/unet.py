@@ -25,6 +25,7 @@ from qgen.demo import assets_dir, demo_prompts
 from qgen.eval.bootstrap import bootstrap_difference
 from qgen.eval.generate import generate
 from qgen.show.pictures import grid
+from qgen.show.rows import share_of_16_bits
 
 HERE = Path(__file__).resolve().parent
 DEFAULTS = {"num_inference_steps": 10, "guidance_scale": 3.0, "height": 64, "width": 64}
@@ -90,7 +91,7 @@ def main() -> None:
         qgen.quantize(pipe, recipe, calibration=calls, progress=False)
         scores = qgen.evaluate(pipe, reference=reference, prompts=prompts, metrics=METRICS, real=real, progress=False)
         report = pipe.unet.qgen_report
-        size = sum(row.get("nbytes", 0) for row in report) / sum(row.get("bytes16", 0) for row in report)
+        size = share_of_16_bits(report)
         psnr = torch.tensor(scores.per_prompt["psnr"])
         gap = bootstrap_difference(psnr, results[0]["psnr"]) if results else None
         output = next((row["sqnr_db"] for row in report if row["path"] == "(output)"), float("nan"))

@@ -7,7 +7,7 @@ Rows come from `module.qgen_report`, which also travels in checkpoints: files of
 control characters never reach a terminal. Sizes and kernels are those of the layers as they are now.
 """
 
-__all__ = ["Summary", "build", "gather", "printable", "totals"]
+__all__ = ["Summary", "build", "gather", "printable", "share_of_16_bits", "totals"]
 
 import math
 from collections.abc import Iterable
@@ -160,3 +160,9 @@ def number(value: Any) -> float | None:
     """A finite number, or None."""
     right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if right else None
+
+
+def share_of_16_bits(report: list[dict]) -> float:
+    """Bytes of the layers that a model's report lists, those kept float included, over what they take in 16 bits."""
+    nbytes, bytes16 = (sum(row.get(key, 0) for row in report) for key in ("nbytes", "bytes16"))
+    return nbytes / bytes16
