@@ -19,6 +19,7 @@ from torch import Tensor
 from qgen import formats
 from qgen.formats import QTensor
 from qgen.kernels import reference
+from qgen.timed import factored
 
 if TYPE_CHECKING:
     from qgen.recipe import Spec
@@ -154,6 +155,9 @@ class Draft:
 
     def tables(self, rows: slice, dtype: torch.dtype) -> dict[str, Tensor | None]:
         """Timed slots of the finished layer's outputs `rows`, as `qgen.nn.clock` reads them, and its static activation scales."""
+        if self._still():
+            one_bin = {name: _one(getattr(self, name)) for name in ("center", "steps", "fixes")}
+            return replace(self, edges=None, **one_bin).tables(rows, dtype)
         found: dict[str, Tensor | None] = {}
         if self.steps is not None:
             one = len(self.steps) == 1
@@ -161,19 +165,33 @@ class Draft:
                 "act_scale": self.ratio * self.steps if one else self.ratio,
                 "t_scale": None if one else self.steps,
             }
-        if self.center is not None or self.fixes is not None or found.get("t_scale") is not None:
-            bias = self.folded_bias()
-            bias = self.weight.new_zeros(1, len(self.weight)) if bias is None else bias[None]
-            bias = bias if self.fixes is None else bias + self.fixes
-            bias = bias if self.center is None else bias - self.center @ self.weight.T
-            count = 1 if self.edges is None else len(self.edges) + 2
-            # under t_scale the op's own bias would be scaled
-            found["t_bias"] = bias[:, rows].expand(count, -1).to(dtype)
-        if self.center is not None:
-            found["t_shift"] = self.center.to(self.dtype)
+        shift = self.center
+        if shift is not None or self.fixes is not None or found.get("t_scale") is not None:
+            found |= self._along(shift, rows, dtype)
         timed = any(found.get(name) is not None for name in ("t_shift", "t_scale", "t_bias"))
         found["t_edges"] = self.edges if timed else None
         return found
+
+    def _still(self) -> bool:
+        """Whether there are bins of timesteps, and nothing that differs between them."""
+        tables = [t for t in (self.center, self.steps, self.fixes) if t is not None]
+        return self.edges is not None and all(bool((t == t[-1:]).all()) for t in tables)
+
+    def _along(self, shift: Tensor | None, rows: slice, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """t_shift and t_bias, as curves if that takes less memory. The bias is there under t_scale too: the op's own would be scaled."""
+        bias = self.folded_bias()
+        bias = self.weight.new_zeros(1, len(self.weight)) if bias is None else bias[None]
+        bias = (bias if self.fixes is None else bias + self.fixes)[:, rows]
+        count = 1 if self.edges is None else len(self.edges) + 2
+
+        def bias_of(shift: Tensor | None) -> Tensor:
+            return (bias if shift is None else bias - shift @ self.weight[rows].T).expand(count, -1)
+
+        made = factored(shift, bias_of, self.dtype, dtype.itemsize) if count > 1 else None
+        if made is not None:
+            return {"t_mix": made.mix, "t_shift": made.shift, "t_bias": made.bias.to(dtype)}
+        shift = None if shift is None else self.stored(shift)
+        return {"t_shift": None if shift is None else shift.to(self.dtype), "t_bias": bias_of(shift).to(dtype)}
 
     def stored(self, t: Tensor) -> Tensor:
         """t after a trip through the storage dtype, float32: what the finished layer will really use."""
@@ -183,3 +201,8 @@ class Draft:
     def noted(self, **facts: Any) -> "Draft":
         """Itself with more facts in the log."""
         return replace(self, log={**self.log, **facts})
+
+
+def _one(table: Tensor | None) -> Tensor | None:
+    """The last row of a table, alone."""
+    return None if table is None else table[-1:]

@@ -23,7 +23,7 @@ NAMESPACES = ("kernels", "calibration", "nodes")  # at the top of the repository
 # "qgen" is the public API, qgen/__init__.py.
 LAYERS = (
     ("errors", "registry", "progress", "onimport", "assets", "team", "team"),
-    ("formats",),
+    ("formats", "timed"),
     ("kernels",),
     ("site", "recipe"),
     ("nn", "calibration"),

@@ -26,7 +26,7 @@ from qgen.io.files import DTYPES, Files, digest, parse
 from qgen.nn.attention import Choices
 from qgen.nn.clock import TIMED
 from qgen.nn.known import KNOWN
-from qgen.nn.packed import STORED, Layout, Packed
+from qgen.nn.packed import COUNTS, STORED, Layout, Packed
 from qgen.recipe import Recipe
 
 KEY, VERSION = "qgen", 1
@@ -229,25 +229,28 @@ def _parsed(data: dict, where: Path) -> Header:
 def _entry(item: Any, where: Path | str) -> LayerEntry:
     """A layer's description as data to a LayerEntry, every field checked."""
     keys = {"path", "kind", "weight", "act", "rank", "hadamard", "slots", "dtype"}
-    if not isinstance(item, dict) or set(item) - {"bins", "known"} != keys:
+    if not isinstance(item, dict) or set(item) - set(COUNTS) != keys:
         found = sorted(item) if isinstance(item, dict) else type(item).__name__
         raise BadCheckpoint(f"{where}: a layer is described by {', '.join(sorted(keys))}, found {found}")
     path, dtype = item["path"], getattr(torch, str(item["dtype"]), None)
     right = (
         isinstance(path, str)
+        and isinstance(item["slots"], (list, tuple))
+        and all(isinstance(slot, str) for slot in item["slots"])
         and item["kind"] in _KINDS
         and dtype in (torch.float32, torch.float16, torch.bfloat16)
         and all(type(item[key]) is int and 0 <= item[key] <= _MOST for key in ("rank", "hadamard"))
-        and type(item.get("bins", 0)) is int
-        and 0 <= item.get("bins", 0) <= _MOST
+        and all(type(item.get(key, 0)) is int and 0 <= item.get(key, 0) <= _MOST for key in COUNTS)
         and bool(item.get("bins", 0)) == bool(set(TIMED) & set(item["slots"]))
         and ("t_edges" in item["slots"]) == (item.get("bins", 0) > 1)
-        and type(item.get("known", 0)) is int
-        and 0 <= item.get("known", 0) <= _MOST
+        and bool(item.get("bins", 0)) == any(slot in item["slots"] for slot in ("t_shift", "t_scale", "t_bias"))
+        and ("t_mix" in item["slots"]) == bool(item.get("mix", 0))
+        and ("t_edges" in item["slots"] or not item.get("mix", 0))
+        and item.get("moved", 0) <= item.get("mix", 0)
+        and bool(item.get("moved", 0)) == ("t_shift" in item["slots"] and bool(item.get("mix", 0)))
         and all((slot in item["slots"]) == bool(item.get("known", 0)) for slot in KNOWN)
         and (item["kind"] == "linear" or not item.get("known", 0))
         and not item["hadamard"] & (item["hadamard"] - 1)
-        and isinstance(item["slots"], (list, tuple))
         and set(item["slots"]) <= set(STORED)
         and isinstance(item["weight"], str)
         and isinstance(item["act"], str)
@@ -276,8 +279,7 @@ def _entry(item: Any, where: Path | str) -> LayerEntry:
             item["rank"],
             item["hadamard"],
             tuple(item["slots"]),
-            item.get("bins", 0),
-            item.get("known", 0),
+            **{key: item.get(key, 0) for key in COUNTS},
         ),
         dtype,
     )

@@ -105,11 +105,6 @@ def of_module(module: nn.Module, timed: bool = False) -> Parts:
                 _plain(path, {slot for slot in BESIDE if getattr(layer, slot) is not None})
             refuse_channel_scales(path, layer)
             shape, slots = tuple(layer._weight_shape()), {name: t.cpu() for name, t in layer.canonical().items()}
-            if layer.fused_from is not None and "t_shift" in slots:  # a LoRA is meant for the input without the shift
-                shifted = layer.fused_on_shift().cpu()
-                slots["t_bias"] = (slots["t_bias"].float() - shifted).to(slots["t_bias"].dtype)
-            if layer.fused_from is not None and "known_y" in slots:
-                slots["known_y"] = layer.known_outputs().to(slots["known_y"])
             yield Reported(path, shape, layer.layout, slots, layer.compute_dtype, "", rows.get(path, {}))
         inside = tuple(path + "." for path in layers)
         for name, tensor in module.state_dict().items():

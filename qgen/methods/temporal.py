@@ -27,6 +27,7 @@ from qgen.methods.reparametrize import ranges
 from qgen.nn.clock import NAMES
 from qgen.recipe import Recipe, methods
 from qgen.site import Draft, Site
+from qgen.timed import curved
 
 log = logging.getLogger("qgen")
 
@@ -40,14 +41,21 @@ class Center:
     often exactly zero, as after GELU, are better left alone). Activations after it need a format that is signed or has zero points.
 
     point: "mean", or "middle", halfway between the 0.1 % and 99.9 % quantiles, which leaves static scales the least range to cover.
+    curves: along which the bins' points lie, about that of all bins: 0 = none, one point serves them all; None = each has its own.
+    worth: a point for each bin stays only where the error falls by more than this share of what one for all of them, or none, leaves.
     """
 
     name: ClassVar[str] = "center"
     point: str = "mean"
+    curves: int | None = None
+    worth: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.worth < 1:
+            raise ValueError(f"worth is a share of an error, found {self.worth}")
         if self.point not in ("mean", "middle"):
             raise ValueError(f'center takes off the "mean" or the "middle" of each channel, found {self.point!r}')
+        _check(self.curves)
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows", "moments"} if site.kind == "linear" else {"moments"})
@@ -68,7 +76,7 @@ def begin(draft: Draft, stats: Stats) -> tuple[Draft, Stats]:
             bins = [b if b is None else b.to(draft.weight.device) for b in bins]
             stats = replace(stats, fit_bins=bins[0], held_bins=bins[1])
     centring = next((m for m in draft.spec.methods if isinstance(m, Center)), None)
-    return _centre(draft, stats, centring.point) if centring and draft.sites[0].kind == "linear" else (draft, stats)
+    return _centre(draft, stats, centring) if centring and draft.sites[0].kind == "linear" else (draft, stats)
 
 
 def timed_or_blind(recipe: Recipe, calls: CalibrationSet | None, whose: str) -> Recipe:
@@ -87,21 +95,27 @@ def timed_or_blind(recipe: Recipe, calls: CalibrationSet | None, whose: str) -> 
     return replace(recipe, default=blind(recipe.default), rules=rules)
 
 
-def _centre(draft: Draft, stats: Stats, point: str) -> tuple[Draft, Stats]:
+def _centre(draft: Draft, stats: Stats, centring: Center) -> tuple[Draft, Stats]:
     fmt = formats.get(draft.act) if draft.act else None
     if fmt is not None and not (fmt.element.signed or fmt.zero_point):
         raise ValueError(f"center needs activations that are signed or have zero points, found {draft.act}")
     edges = stats.moments.edges[:0] if draft.edges is None else draft.edges.cpu()
     means = stats.moments.means(edges) if stats.moments.seen else stats.fit.mean(0, keepdim=True)
+    point, curves = centring.point, centring.curves
     means = means if point == "mean" else _middles(stats, len(means))
+    if curves is not None and len(means) > 1:
+        means = curved(means, stats.moments.shares(edges), curves)
     made = [("none", draft, stats)]
     for label, table in ((f"one {point}", means[-1:].expand_as(means)), (f"{point} of each bin", means)):
-        center = draft.stored(-table)
+        center = -table if curves and table is means else draft.stored(-table)  # curves are rounded as such
         made.append((label, replace(draft, center=center), _centred(stats, center, edges)))
-        if len(means) == 1:
+        if len(means) == 1 or curves == 0:
             break
     errors = [s.judge.first(512).error(d) for _, d, s in made]
-    label, draft, stats = made[min(range(len(made)), key=errors.__getitem__)]
+    chosen = min(range(min(2, len(made))), key=errors.__getitem__)
+    if len(made) == 3 and errors[2] < (1 - centring.worth) * errors[chosen]:
+        chosen = 2
+    label, draft, stats = made[chosen]
     return draft.noted(centred=label), stats
 
 
@@ -204,10 +218,17 @@ class Static:
 @methods.register("temporal-bias")
 @dataclass(frozen=True)
 class TemporalBias:
-    """Lowers the output error by its mean in each bin, shrunk by how uncertain the mean is; kept only where the held-out error falls."""
+    """Lowers the output error by its mean in each bin, shrunk by how uncertain the mean is; kept only where the held-out error falls.
+
+    curves: along which the bins' means lie, see `Center`.
+    """
 
     name: ClassVar[str] = "temporal-bias"
     optional: ClassVar[bool] = True
+    curves: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.curves)
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset({"rows", "moments"})
@@ -230,4 +251,12 @@ class TemporalBias:
         noise = error.var(0) / n
         spread = ((means - whole).square() - noise).clamp_min(0)
         means = whole + (means - whole) * spread / (spread + noise).clamp_min(1e-30)
-        return replace(draft, fixes=-torch.cat([means, whole]))
+        table = torch.cat([means, whole])
+        if self.curves is not None:
+            table = curved(table, torch.bincount(stats.fit_bins, minlength=count), self.curves)
+        return replace(draft, fixes=-table)
+
+
+def _check(curves: int | None) -> None:
+    if curves is not None and curves < 0:
+        raise ValueError(f"tables follow no, one or more curves over the timesteps, found {curves}")

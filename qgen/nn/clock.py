@@ -3,14 +3,15 @@ r"""Clock: where sampling is, read off the denoiser's own timestep, and what tim
     y = s_b · op((x + c_b) / s_b) + d_b,     b = the bin of the sample's timestep
 
 c (T, K) is added to the input, s (T,) is the step of static activation scales, d (T, N) the bias: exact for any kernel, as all of `op` but
-the rounding is linear. The tables have one row per bin and a last one for "no timestep". A bin is found by comparing the timestep, per
-sample, with the layer's edges: never by counting calls, so that another scheduler, fewer steps, or samples at different timesteps in one
-batch are right; timesteps beyond those that were calibrated belong to the first or last bin. All of it is index_select and arithmetic on
-tensors: one compiled graph for all steps.
+the rounding is linear. The tables have one row per bin and a last one for "no timestep"; where they follow few curves they are kept as
+t_mix (T, R) times R rows, of which t_shift has the last ones alone (`qgen.timed`). A bin is found by comparing the timestep, per sample,
+with the layer's edges: never by counting calls, so that another scheduler, fewer steps, or samples at different timesteps in one batch are
+right; timesteps beyond those that were calibrated belong to the first or last bin. All of it is index_select and arithmetic on tensors: one
+compiled graph for all steps.
 Ranges per timestep: TFMQ-DM, Huang et al., 2023, https://arxiv.org/abs/2311.16503.
 """
 
-__all__ = ["NAMES", "TIMED", "Clock", "apply", "argument_of", "clock_of", "stop", "timestep_of", "wind"]
+__all__ = ["NAMES", "TIMED", "Clock", "apply", "argument_of", "clock_of", "stop", "timestep_of", "whole_table", "wind"]
 
 import bisect
 import inspect
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 log = logging.getLogger("qgen")
 
 NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas")  # what denoisers call it
-TIMED = ("t_edges", "t_shift", "t_scale", "t_bias")  # slots of a layer, beside those of its op
+TIMED = ("t_edges", "t_mix", "t_shift", "t_scale", "t_bias")  # slots of a layer, beside those of its op
 
 
 class Clock:
@@ -104,7 +105,7 @@ def apply(layer: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     def rows(table: Tensor | None, like: Tensor) -> Tensor | None:
         if table is None:
             return None
-        found = table.index_select(0, bins).to(like.dtype).reshape(len(bins), -1)  # (B, K), (B, N) or (B, 1)
+        found = _rows(layer, table, bins).reshape(len(bins), -1)  # (B, K), (B, N) or (B, 1)
         if len(bins) not in (1, len(like)):
             found = found.repeat_interleave(len(like) // len(bins), 0)
         return (
@@ -115,29 +116,44 @@ def apply(layer: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
 
     shift, scale = rows(layer.t_shift, x), rows(layer.t_scale, x)
     if shift is not None:
-        x = x + shift
-    y = run(x) if scale is None else run(x / scale) * scale
+        x = (x + shift).to(x.dtype)  # one rounding, not the shift's as well
+    if scale is None:
+        y = run(x)
+    else:
+        scale = scale.to(x.dtype)
+        y = run(x / scale) * scale
     bias = rows(layer.t_bias, y)
-    y = y if bias is None else y + bias
-    if layer.fused_from is not None and shift is not None:  # what a LoRA, which is meant for x, made of c_b
-        y = y - rows(layer.fused_on_shift(), y)
-    return y
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _rows(layer: Any, table: Tensor, bins: Tensor) -> Tensor:
+    """A table's rows for bins (B,)."""
+    if layer.t_mix is None or table is layer.t_scale:
+        return table.index_select(0, bins)
+    with torch.autocast(table.device.type, enabled=False):
+        return layer.t_mix.index_select(0, bins)[:, -len(table) :] @ table.float()
+
+
+def whole_table(layer: Any, name: str) -> Tensor:
+    """A table of a layer by its name among `TIMED`, with a row for each bin and one for "no timestep", float32."""
+    table = getattr(layer, name).float()
+    return table if layer.t_mix is None or name == "t_scale" else layer.t_mix[:, -len(table) :] @ table
 
 
 def _bins(layer: Any, x: Tensor) -> Tensor:
     """Rows of the layer's tables for the samples of x: (B,), or (1,) where one serves all."""
-    count = next(len(t) for t in (layer.t_shift, layer.t_scale, layer.t_bias) if t is not None)
     clock = layer.clock
     if layer.t_edges is None or clock is None or clock.t is None:
         if layer.t_edges is not None and clock is not None:
             clock.tell("its layers use what fits all timesteps alike")
-        return torch.full((1,), count - 1, dtype=torch.int64, device=x.device)
+        last = 0 if layer.t_edges is None else len(layer.t_edges) + 1
+        return torch.full((1,), last, dtype=torch.int64, device=x.device)
     t = clock.t.to(x.device)
     if len(t) > 1 and len(x) % len(t):
         raise RuntimeError(
             f"a layer's input has {len(x)} rows along its first axis, the denoiser got {len(t)} timesteps: the first must be a multiple"
         )
-    return torch.bucketize(t, layer.t_edges)
+    return torch.bucketize(t.contiguous(), layer.t_edges)  # a batch that shares one timestep is often an expanded view
 
 
 def clock_of(module: nn.Module) -> Clock:

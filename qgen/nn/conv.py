@@ -9,8 +9,8 @@ from qgen.kernels import conv_ops, conv_reference
 from qgen.kernels.conv_ops import ConvAsk, Geometry
 from qgen.kernels.ops import SLOTS
 from qgen.kernels.registry import Kernel
-from qgen.nn.linear import bins_of, slots_of
-from qgen.nn.packed import Layout, Packed
+from qgen.nn.linear import slots_of
+from qgen.nn.packed import Layout, Packed, counts_of
 from qgen.site import Draft
 
 
@@ -46,7 +46,7 @@ class QuantConv2d(Packed, nn.Conv2d):
             0 if draft.down is None else draft.down.shape[0],
             draft.hadamard,
             tuple(slots),
-            bins_of(slots),
+            **counts_of(slots),
         )
         layer = cls(like, layout, dtype)
         layer.fill(slots)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qgen.nn.linear import bins_of, slots_of
-from qgen.nn.packed import Layout, Packed
+from qgen.nn.linear import slots_of
+from qgen.nn.packed import Layout, Packed, counts_of
 from qgen.site import Draft
 
 
@@ -46,7 +46,7 @@ class _Unfolded(Packed):
         slots = slots_of(draft, index, dtype)
         rank = 0 if draft.down is None else draft.down.shape[0]
         layer = cls(
-            like, Layout(draft.spec.weight, draft.act, rank, draft.hadamard, tuple(slots), bins_of(slots)), dtype
+            like, Layout(draft.spec.weight, draft.act, rank, draft.hadamard, tuple(slots), **counts_of(slots)), dtype
         )
         layer.fill(slots)
         return layer

@@ -52,6 +52,6 @@ def apply(layer: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     if layer.act_format and formats.get(layer.act_format).global_scale == "tensor":
         x = x.masked_fill(torch.stack(hits).any(0)[..., None], 0)  # or all other rows would be scaled by them
     y = run(x)
-    for hit, output in zip(hits, layer.known_outputs(), strict=True):
+    for hit, output in zip(hits, layer.known_y, strict=True):
         y = torch.where(hit[..., None], output.to(y), y)
     return y

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qgen.nn import mlp
-from qgen.nn.packed import Layout, Packed
+from qgen.nn.packed import Layout, Packed, counts_of
 from qgen.site import Draft
 
 
@@ -32,8 +32,7 @@ class QuantLinear(Packed, nn.Linear):
             0 if draft.down is None else draft.down.shape[0],
             draft.hadamard,
             tuple(slots),
-            bins_of(slots),
-            0 if draft.known is None else len(draft.known),
+            **counts_of(slots),
         )
         layer = cls(draft.weight.shape[1], draft.sites[index].shape[0], layout, dtype)
         layer.fill(slots)
@@ -45,11 +44,6 @@ class QuantLinear(Packed, nn.Linear):
         if self.defers and mlp.deferred(self, input):
             return mlp.Pending(input, self)
         return self._run(input)
-
-
-def bins_of(slots: dict[str, Tensor]) -> int:
-    """Rows of a layer's timed tables, 0 without any."""
-    return next((len(slots[name]) for name in ("t_shift", "t_scale", "t_bias") if name in slots), 0)
 
 
 def slots_of(draft: Draft, index: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -128,9 +128,26 @@ def append_rank(layer: Packed, pairs: list[tuple[Tensor, Tensor]]) -> None:
         ups.append((b / balance).to(device, dtype))
     down, up = torch.cat(downs), torch.cat(ups, 1)
     more = -down.shape[0] % _MULTIPLE
-    rank = layer.rank
-    _refill(layer, {**slots, "down": F.pad(down, (0, 0, 0, more)), "up": F.pad(up, (0, more))})
+    rank, before = layer.rank, layer.unfused
+    moved = _beside(slots, down[rank:].float(), up[:, rank:].float())
+    _refill(layer, {**slots, **moved, "down": F.pad(down, (0, 0, 0, more)), "up": F.pad(up, (0, more))})
     layer.fused_from = rank if layer.fused_from is None else layer.fused_from
+    layer.unfused = {name: slots[name].cpu() for name in moved} | before
+
+
+def _beside(slots: dict[str, Tensor], down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """The slots beside the op that change with an adapter up · down, which is meant for the raw input and for known rows as well."""
+    made = {}
+    if (
+        "t_shift" in slots
+    ):  # what the adapter makes of the shifts is taken off; their rows go with the last ones of the bias
+        bias, shift = slots["t_bias"].float().clone(), slots["t_shift"].float()
+        bias[-len(shift) :] -= (shift @ down.T) @ up.T
+        made["t_bias"] = bias.to(slots["t_bias"].dtype)
+    if "known_x" in slots:
+        output = slots["known_y"].float() + (slots["known_x"].float() @ down.T) @ up.T
+        made["known_y"] = output.to(slots["known_y"].dtype)
+    return made
 
 
 def cut_rank(layer: Packed) -> None:
@@ -142,8 +159,8 @@ def cut_rank(layer: Packed) -> None:
         slots["down"], slots["up"] = slots["down"][:rank].contiguous(), slots["up"][:, :rank].contiguous()
     else:
         del slots["down"], slots["up"]
-    _refill(layer, slots)
-    layer.fused_from = None
+    _refill(layer, slots | {name: t.to(slots[name]) for name, t in layer.unfused.items()})
+    layer.fused_from, layer.unfused = None, {}
 
 
 def _refill(layer: Packed, slots: dict[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ in memory they may be packed for the chosen kernel. All slots but the bias keep 
 numbers. The layer looks like `nn.Linear` / `nn.Conv2d` to LoRA loaders: `weight` is a placeholder of the right shape that takes no memory.
 """
 
-__all__ = ["Layout", "Packed", "Placeholder", "held_as"]
+__all__ = ["COUNTS", "Layout", "Packed", "Placeholder", "counts_of", "held_as"]
 
 import copy
 from dataclasses import asdict, dataclass
@@ -119,6 +119,7 @@ class Packed(nn.Module):
         self.fused_from: int | None = (
             None  # rank before a LoRA was fused into the low-rank branch; None = nothing fused
         )
+        self.unfused: dict[str, Tensor] = {}  # slots that a fused LoRA changed, as they were, on the CPU
         self.clock: clock.Clock | None = None  # set by `clock.wind` where the layer has timestep bins
         self.path = ""  # in the model, for messages
         self.lent = False  # whether accelerate offloads it, see `offload`
@@ -170,7 +171,7 @@ class Packed(nn.Module):
         for slot in STORED:
             value = slots.get(slot)
             setattr(self, slot, None if value is None else nn.Parameter(value, requires_grad=False))
-        self.kernel, self._ask, self._on_shift, self._on_known, self._key = None, None, None, None, None
+        self.kernel, self._ask, self._key = None, None, None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (N, K) that the layer stands for: residual · Hᵀ / smooth + up · down, in `dtype` (default: compute dtype)."""
@@ -259,24 +260,6 @@ class Packed(nn.Module):
                 tensors, self.kernel, self.act_format, self.hadamard, self.k, kp, str(self.compute_dtype)
             )
         return self._key
-
-    def fused_on_shift(self) -> Tensor:
-        """(T, N): what the ranks that a fused LoRA added make of the shifts by bin. Computed once for each fusing."""
-        if self._on_shift is None:
-            slots = self.canonical()
-            down, up = slots["down"][self.fused_from :].float(), slots["up"][:, self.fused_from :].float()
-            self._on_shift = (slots["t_shift"].float() @ down.T) @ up.T
-        return self._on_shift
-
-    def known_outputs(self) -> Tensor:
-        """(P, N): the outputs of known rows, with what a fused LoRA adds to them, computed once for each fusing."""
-        if self.fused_from is None or self.known_x is None:
-            return self.known_y
-        if self._on_known is None:
-            slots = self.canonical()
-            down, up = slots["down"][self.fused_from :].float(), slots["up"][:, self.fused_from :].float()
-            self._on_known = slots["known_y"].float() + (slots["known_x"].float() @ down.T) @ up.T
-        return self._on_known
 
     @property
     def timed(self) -> bool:
@@ -374,9 +357,7 @@ class Packed(nn.Module):
     def layout(self) -> "Layout":
         """What it takes to build an empty layer like this one."""
         present = tuple(slot for slot in self.slots() if slot not in ("codes", "scales"))
-        tables = [t for t in (self.t_shift, self.t_scale, self.t_bias) if t is not None]
-        bins, known_rows = len(tables[0]) if tables else 0, 0 if self.known_x is None else len(self.known_x)
-        return Layout(self.weight_format, self.act_format, self.rank, self.hadamard, present, bins, known_rows)
+        return Layout(self.weight_format, self.act_format, self.rank, self.hadamard, present, **counts_of(self.slots()))
 
     def described(self) -> dict:
         """Kind, layout and compute dtype as plain data: what a file says about this layer."""
@@ -405,10 +386,25 @@ def _moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return t.to(device=device, dtype=dtype)
 
 
+COUNTS = ("bins", "known", "mix", "moved")  # of a layout, 0 where they are not told
+
+
+def counts_of(slots: dict[str, Tensor]) -> dict[str, int]:
+    """`COUNTS` of a layer with these canonical slots."""
+    timed = any(name in slots for name in TIMED)
+    mix = slots["t_mix"].shape[1] if "t_mix" in slots else 0
+    return {
+        "bins": len(slots["t_edges"]) + 2 if "t_edges" in slots else int(timed),
+        "known": len(slots["known_x"]) if "known_x" in slots else 0,
+        "mix": mix,
+        "moved": len(slots["t_shift"]) if mix and "t_shift" in slots else 0,
+    }
+
+
 @dataclass(frozen=True)
 class Layout:
-    """What a loader must know to build an empty layer: formats, rank, which optional slots exist, rows of timed tables (0 = none),
-    known rows (0 = none)."""
+    """What a loader must know to build an empty layer: formats, rank, which optional slots exist, bins of timed tables and one more
+    (0 = none), known rows (0 = none), curves that the tables follow (0 = they have a row per bin), and how many of these move the input."""
 
     weight: str
     act: str = ""
@@ -417,10 +413,12 @@ class Layout:
     slots: tuple[str, ...] = ()
     bins: int = 0
     known: int = 0
+    mix: int = 0
+    moved: int = 0
 
     def to_dict(self) -> dict:
-        """Plain data; `bins` and `known` are there only where there are any."""
-        return {key: value for key, value in asdict(self).items() if key not in ("bins", "known") or value}
+        """Plain data; the last four are there only where there are any."""
+        return {key: value for key, value in asdict(self).items() if key not in COUNTS or value}
 
     def empty(self, n: int, k: int, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """Empty canonical tensors for a weight (N, K), by slot."""
@@ -436,9 +434,10 @@ class Layout:
             "shift": ((), dtype),
             "act_scale": ((act_groups,), torch.float32),
             "t_edges": ((max(0, self.bins - 2),), torch.float32),
-            "t_shift": ((self.bins, k), dtype),
+            "t_mix": ((self.bins, self.mix), torch.float32),
+            "t_shift": ((self.moved if self.mix else self.bins, k), dtype),
             "t_scale": ((self.bins,), torch.float32),
-            "t_bias": ((self.bins, n), dtype),
+            "t_bias": ((self.mix or self.bins, n), dtype),
             "known_x": ((self.known, k), dtype),
             "known_y": ((self.known, n), dtype),
         }

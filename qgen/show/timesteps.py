@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qgen.models import adapter_for
+from qgen.nn.clock import whole_table
 from qgen.nn.packed import Packed
 from qgen.show.page import Markup, section, tag
 
@@ -22,15 +23,10 @@ def ranges(x: Any, most: int = 60) -> Markup:
     for module in adapter_for(x).denoisers(x).values():
         for path, layer in module.named_modules():
             if isinstance(layer, Packed) and layer.t_edges is not None:
-                table = (
-                    layer.t_scale
-                    if layer.t_scale is not None
-                    else layer.t_shift
-                    if layer.t_shift is not None
-                    else layer.t_bias
-                )
+                name = next(name for name in ("t_scale", "t_shift", "t_bias") if getattr(layer, name) is not None)
+                table = whole_table(layer, name)
                 values = table[:-1].float().flatten(1).square().mean(1).sqrt() if table.ndim > 1 else table[:-1].float()
-                what = "step" if layer.t_scale is not None else "centre" if layer.t_shift is not None else "bias"
+                what = {"t_scale": "step", "t_shift": "centre", "t_bias": "bias"}[name]
                 rows.append((path, what, values.tolist(), layer.t_edges.tolist()))
     shown = rows[:most]
     lines = [_strip(*row) for row in shown]

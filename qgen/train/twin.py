@@ -180,7 +180,7 @@ class Twin:
     def __call__(self, x: Tensor) -> Tensor:
         kind = kind_of(self.layer)
         if kind == "linear" and "known_x" in self.slots:
-            stored = {"known_x": self.slots["known_x"], "known_outputs": lambda: self.slots["known_y"]}
+            stored = {name: self.slots[name] for name in known.KNOWN}
             like = SimpleNamespace(**stored, act_format=self.layer.act_format)
             return known.apply(like, x, lambda x: self._timed(x, self._rows))
         if kind == "linear":
@@ -206,7 +206,8 @@ class Twin:
         if step is not None and "step" in self.leaves:
             step = step * self._leaf("step").exp()
         parts = {"t_shift": self.slots.get("t_shift"), "t_bias": self._slot("t_bias"), "t_scale": step}
-        whole = {"t_edges": self.slots.get("t_edges"), "clock": self.layer.clock, "fused_from": None}
+        whole = {name: self.slots.get(name) for name in ("t_edges", "t_mix")}
+        whole["clock"] = self.layer.clock
         shape = {"kernel_size": self.layer.kernel_size} if hasattr(self.layer, "kernel_size") else {}
         return clock.apply(SimpleNamespace(**parts, **whole, **shape), x, run)
 

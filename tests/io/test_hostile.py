@@ -1,6 +1,7 @@
 """Files of strangers: each way to be wrong is one BadCheckpoint of one line, and no tensor is allocated for it."""
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -11,6 +12,9 @@ from qgen.errors import BadCheckpoint
 from qgen.io import load, save
 from qgen.io.files import digest, scan
 from qgen.io.header import _sum
+from qgen.nn import QuantLinear
+from qgen.recipe import Spec
+from qgen.site import Draft, Site
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +29,6 @@ def saved(tiny, tmp_path_factory):
 
 @pytest.fixture
 def copied(saved, tmp_path):
-    import shutil
-
     def copy(name):
         return shutil.copytree(saved / name, tmp_path / name)
 
@@ -233,6 +235,124 @@ def test_headers_that_do_not_fit(copied, refused, case):
     path = copied("one") / "model.safetensors"
     edit(path, HEADERS[case])
     refused(path.parent)
+
+
+# -- tables over timesteps ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def timed(tiny, tmp_path_factory):
+    """A folder with a bare module whose first layer has curves over 32 bins: three, of which two move the input."""
+    bins, model = 32, tiny.quantize(tiny.bare())
+    weight = tiny.bare()[0].weight.detach()
+    g = torch.Generator().manual_seed(0)
+    offsets = torch.cat([torch.rand(bins, generator=g), torch.zeros(1)])
+    draft = Draft(
+        (Site("0", "linear", "", 0, "0", (96, 64)),), Spec("int4_g64", "int4_g64", bins=bins), weight, torch.zeros(96),
+        edges=torch.arange(1.0, bins), center=torch.randn(1, 64, generator=g).expand(bins + 1, -1),
+        dither=torch.randn(64, generator=g), offsets=offsets,
+        fixes=torch.randn(bins + 1, 1, generator=g) * torch.randn(1, 96, generator=g),
+    )  # fmt: skip
+    model[0] = QuantLinear.from_draft(draft, dtype=torch.float32)
+    model[0].prepare()
+    assert (model[0].layout.bins, model[0].layout.mix, model[0].layout.moved) == (bins + 1, 3, 2)
+    folder = tmp_path_factory.mktemp("timed") / "one"
+    save(model, folder)
+    return folder
+
+
+@pytest.fixture
+def timed_copy(timed, tmp_path):
+    return shutil.copytree(timed, tmp_path / "one")
+
+
+def test_a_layer_with_curves_loads(timed_copy, tiny):
+    back = load(timed_copy, into=tiny.bare())
+    assert back[0].t_mix.shape == (33, 3) and back[0].t_shift.shape == (2, 64) and back[0].t_bias.shape == (3, 96)
+
+
+def slots(*left_out, more=()):
+    return lambda h: h["layers"][0].update(
+        slots=[name for name in (*h["layers"][0]["slots"], *more) if name not in left_out]
+    )
+
+
+def both(*changes):
+    return lambda h: [change(h) for change in changes]
+
+
+TABLES = {
+    "mix-none": lambda h: h["layers"][0].pop("mix"),
+    "mix-zero": layer(mix=0, moved=0),
+    "mix-fewer": layer(mix=2),
+    "mix-more": layer(mix=4),
+    "mix-negative": layer(mix=-3),
+    "mix-huge": layer(mix=2**60),
+    "mix-large": layer(mix=2**19, moved=2**18),
+    "mix-float": layer(mix=3.0),
+    "mix-bool": layer(mix=True, moved=True),
+    "mix-text": layer(mix="3"),
+    "mix-list": layer(mix=[3]),
+    "mix-null": layer(mix=None),
+    "moved-none": lambda h: h["layers"][0].pop("moved"),
+    "moved-zero": layer(moved=0),
+    "moved-beyond": layer(moved=4),
+    "moved-all": layer(moved=3),
+    "moved-one": layer(moved=1),
+    "moved-negative": layer(moved=-1),
+    "moved-huge": layer(moved=2**60),
+    "moved-without-shift": slots("t_shift"),
+    "mix-without-edges": both(slots("t_edges"), layer(bins=1)),
+    "mix-without-edges-and-bins": both(slots("t_edges"), lambda h: h["layers"][0].pop("bins")),
+    "mix-without-slot": slots("t_mix"),
+    "no-mix-with-slot": both(lambda h: h["layers"][0].pop("mix"), lambda h: h["layers"][0].pop("moved")),
+    "no-table-at-all": both(slots("t_mix", "t_shift", "t_bias"), layer(mix=0, moved=0)),
+    "bins-fewer": layer(bins=32),
+    "bins-huge": layer(bins=2**60),
+    "bins-large": layer(bins=2**19),
+    "bins-one": layer(bins=1),
+    "scale-too": slots(more=["t_scale"]),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_curves_that_do_not_fit(timed_copy, refused, case):
+    path = timed_copy / "model.safetensors"
+    edit(path, TABLES[case])
+    refused(path.parent)
+
+
+@pytest.mark.parametrize("shape", [(33, 4), (33, 2), (32, 3), (3, 33), (99,), (33, 3, 1), (0, 3), (33, 0)], ids=str)
+def test_a_mix_of_another_shape(timed_copy, refused, shape):
+    """Everything else says 33 rows of 3: whoever changed the tensor has made its sum right again."""
+    path = timed_copy / "model.safetensors"
+    tensors, (header, _) = load_file(path), split(path)
+    tensors["0.t_mix"] = torch.zeros(shape)
+    save_file(tensors, path, header["__metadata__"])
+    edit(path, lambda h: h["tensors"].update({"0.t_mix": digest(tensors["0.t_mix"])}))
+    assert "0.t_mix" in refused(path.parent)
+
+
+@pytest.mark.parametrize(
+    "slot, shape", [("t_shift", (3, 64)), ("t_shift", (33, 64)), ("t_bias", (2, 96)), ("t_bias", (33, 96))]
+)
+def test_rows_that_do_not_go_with_the_mix(timed_copy, refused, slot, shape):
+    path = timed_copy / "model.safetensors"
+    tensors, (header, _) = load_file(path), split(path)
+    tensors[f"0.{slot}"] = torch.zeros(shape, dtype=tensors[f"0.{slot}"].dtype)
+    save_file(tensors, path, header["__metadata__"])
+    edit(path, lambda h: h["tensors"].update({f"0.{slot}": digest(tensors[f"0.{slot}"])}))
+    assert f"0.{slot}" in refused(path.parent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32])
+def test_a_mix_of_another_dtype(timed_copy, refused, dtype):
+    path = timed_copy / "model.safetensors"
+    tensors, (header, _) = load_file(path), split(path)
+    tensors["0.t_mix"] = tensors["0.t_mix"].to(dtype)
+    save_file(tensors, path, header["__metadata__"])
+    edit(path, lambda h: h["tensors"].update({"0.t_mix": digest(tensors["0.t_mix"])}))
+    assert "0.t_mix" in refused(path.parent)
 
 
 @pytest.mark.parametrize("slot", ["codes", "scales", "up", "bias"])
