@@ -153,7 +153,7 @@ class Reservoir:
         self._kept: dict[bool, tuple[Tensor, Tensor, Tensor] | None] = {False: None, True: None}
 
     def update(self, x: Tensor, moment: Moment) -> None:
-        word = hashlib.sha256(f"{self.seed}/{moment.sample}/{moment.step}{moment.branch}".encode()).digest()
+        word = hashlib.sha256(self._drawn_by(moment).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
         keys = torch.rand(len(x), generator=generator, dtype=torch.float64)  # 53 bits: no two rows share a key
         limit = self._limit(moment.held)
@@ -162,6 +162,10 @@ class Reservoir:
             x = x[index.to(x.device)]
         t = torch.full_like(keys, torch.nan if moment.t is None else moment.t)
         self._add(moment.held, keys, x.detach().clone() if len(keys) == len(x) else x.detach(), t)
+
+    def _drawn_by(self, moment: Moment) -> str:
+        """What the keys of a call's rows depend on."""
+        return f"{self.seed}/{moment.sample}/{moment.step}{moment.branch}"
 
     def merge(self, other: "Reservoir") -> None:
         for held, kept in other._kept.items():

@@ -27,9 +27,11 @@ from qgen.eval.bootstrap import bootstrap_difference
 from qgen.eval.generate import generate
 from qgen.eval.psnr import psnr
 from qgen.methods.adaround import AdaRound
+from qgen.methods.dither import Dither
 from qgen.methods.format_search import FormatSearch
 from qgen.methods.gptq import GPTQ
 from qgen.methods.learned_bases import LearnedBases
+from qgen.methods.lowrank import LowRank
 from qgen.methods.preshift import PreShift
 from qgen.methods.reparametrize import Reparametrize
 from qgen.methods.rotate import Rotate
@@ -66,6 +68,8 @@ UNSIGNED = ("ufp4_e1m3_g64", "ufp4_e2m2_g64", "ufp4_e3m1_g64")
 STATIC = Spec("int4_g64", "int8_row", (Static(),))
 BINNED = Spec("int4_g64", "int8_row", (Static(),), bins=8)
 GROUPED = Spec("int4_g64", "int8_row", (Center("middle"), Reparametrize(groups=16), Static()), bins=8)
+
+W4A4 = (Smooth(), LowRank(32), GPTQ())
 
 LINES = (
     _line("adaround", "AdaRound", "methods.adaround", "int4_g64", None, (), AdaRound()),
@@ -107,6 +111,13 @@ LINES = (
         AdaRound(step_rate=1e-3),
     ),
     Line("bins", "TFMQ-DM: ranges by timestep", "methods.temporal", STATIC, BINNED),
+    Line(
+        "dither",
+        "qgen's own: temporal dither",
+        "methods.dither",
+        Spec("int4_g64", "uint4_g64", W4A4),
+        Spec("int4_g64", "uint4_g64", (*W4A4, Dither()), bins=32),
+    ),
     Line("tfmq", "TFMQ-DM: time layers learned on their timesteps", "methods.adaround", BINNED, BINNED, (AdaRound(),)),
     Line(
         "repquant",

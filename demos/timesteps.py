@@ -3,11 +3,12 @@
     python demos/timesteps.py [--pairs temporal-int4,temporal-int4:1 …] [--n 64] [--samples 192] [--threads 1] [--out demos/timesteps.md]
     python demos/timesteps.py --modulation
 
-A pair is two recipes; "name:1" is the recipe with one bin of timesteps, "name@40" with rank 40. Both draw the same held-out prompts from
-the same noise with the pipeline's own scheduler and 20 steps, with 10 steps, and with another scheduler (Euler), none of which but the
-first was calibrated. Given are PSNR of the pictures and the relative RMS error of the latents along the trajectory, against the 16-bit
-pipeline under the same settings, with 95 % bootstrap intervals of the paired differences over prompts; bytes are of the denoiser, of 16
-bits. The cache of modulation outputs is measured on random models with the shapes of three families.
+A pair is two recipes; "name:1" is the recipe with one bin of timesteps, "name@34" with rank 34 in place of 32, which makes a recipe
+without tables at least as large as one with them. Both draw the same held-out prompts from the same noise with the pipeline's own scheduler
+and 20 steps, with 10 steps, and with another scheduler (Euler), none of which but the first was calibrated. Given are PSNR of the pictures
+and the relative RMS error of the latents along the trajectory, against the 16-bit pipeline under the same settings, with 95 % bootstrap
+intervals of the paired differences over prompts; bytes are of the denoiser, of 16 bits. The cache of modulation outputs is measured on
+random models with the shapes of three families.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from qgen.methods.lowrank import LowRank
 from qgen.show.rows import share_of_16_bits
 
 PAIRS = (
-    "temporal-int4,temporal-int4:1", "temporal-int4,svdquant-int4", "temporal-int4,svdquant-int4@40",
-    "w4a8-static,w4a8", "w4a8-static:1,w4a8",
+    "temporal-int4,svdquant-int4", "temporal-int4,svdquant-int4@34", "temporal-int4,temporal-int4:1@34",
+    "temporal-nvfp4,svdquant-nvfp4@34", "w4a4-static,w4a4-static:1@34", "w4a8-static,w4a8", "w4a8-static:1,w4a8",
 )  # fmt: skip
 SETTINGS = {"20 steps": 20, "10 steps": 10, "Euler, 20 steps": 20}
 

@@ -13,6 +13,7 @@ from qgen.methods.awq import AWQ
 from qgen.methods.balance import Balance
 from qgen.methods.bias import BiasCorrection
 from qgen.methods.clip import Clip
+from qgen.methods.dither import Dither
 from qgen.methods.format_search import FormatSearch
 from qgen.methods.gptq import GPTQ
 from qgen.methods.learned_bases import LearnedBases
@@ -28,8 +29,12 @@ from qgen.methods.vq4dit import VQ4DiT
 from qgen.recipe import Recipe, Rule, Spec
 
 _SVDQUANT = (Balance(), LowRank(32, rounds=3), GPTQ(), Reconstruct(rounds=3), BiasCorrection())
-_TIMED = (Center(), *_SVDQUANT[:-1], TemporalBias())
-_STATIC = (Center(), *_SVDQUANT[:-1], Static(), TemporalBias())
+# One bias serves all timesteps, and one curve the centres where it is worth its row: a row for each bin costs as much as so many ranks.
+_CENTER, _BIAS = Center(curves=1, worth=0.03), TemporalBias(curves=0)
+_TIMED = (_CENTER, *_SVDQUANT[:-1], Dither(), _BIAS)
+_STATIC = (_CENTER, *_SVDQUANT[:-1], Static(), _BIAS)
+_STATIC4 = (*_STATIC[:-1], Dither(), _STATIC[-1])
+_FINE = 32  # bins: most runs have a step in each
 _SPLITS = tuple(f"fp4_{split}_g64" for split in ("e1m2", "e2m1", "e3m0"))
 _UNSIGNED = tuple(f"ufp4_{split}_g64" for split in ("e1m3", "e2m2", "e3m1"))
 _OUTSIDE = Rule("*", None, role="outside", why="embedder or head, outside the repeated blocks")
@@ -43,7 +48,7 @@ _NARROW = Rule("*", None, below=32, why="fewer than 32 inputs or outputs")
 _RULES = (_VECTOR, _OUTSIDE, _NARROW)
 # Recipes for whole models whose convolutions have 8 bits, and how; those named after a published method keep that method's formats.
 _CONVOLVED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("svdquant-int4", "svdquant-nvfp4", "temporal-int4", "w4a8"), (Smooth(),)),
+    **dict.fromkeys(("svdquant-int4", "svdquant-nvfp4", "temporal-int4", "temporal-nvfp4", "w4a8"), (Smooth(),)),
     **dict.fromkeys(("w4a8-static", "w4a4-static"), (Smooth(), Static())),
     **dict.fromkeys(("rtn-int4", "rtn-nvfp4"), ()),
 }
@@ -86,18 +91,23 @@ def _recipes() -> dict[str, Recipe]:
             (),
         ),
         "temporal-int4": (
-            Spec("int4_g64", "uint4_g64", _TIMED, bins=8),
-            "svdquant-int4 with inputs centred and biases corrected in 8 bins of timesteps",
+            Spec("int4_g64", "uint4_g64", _TIMED, bins=_FINE),
+            "svdquant-int4 with inputs centred, and dithered from timestep to timestep so that errors do not add up",
+            full,
+        ),
+        "temporal-nvfp4": (
+            Spec("nvfp4", "nvfp4_dynamic", _TIMED, bins=_FINE),
+            "svdquant-nvfp4 with inputs centred, and dithered from timestep to timestep so that errors do not add up",
             full,
         ),
         "w4a8-static": (
-            Spec("int4_s8_g64", "int8_row", _STATIC, bins=8),
-            "w4a8 with activation scales fixed in 8 bins of timesteps: nothing is measured at run time",
+            Spec("int4_s8_g64", "int8_row", _STATIC, bins=_FINE),
+            "w4a8 with activation scales fixed for each of up to 32 timesteps: nothing is measured at run time",
             (),
         ),
         "w4a4-static": (
-            Spec("int4_g64", "int4_g64", _STATIC, bins=8),
-            "W4A4, integer, with activation scales fixed in 8 bins of timesteps; text and convolutions in 8 bits",
+            Spec("int4_g64", "int4_g64", _STATIC4, bins=_FINE),
+            "W4A4, integer, with activation scales fixed for each of up to 32 timesteps; text and convolutions in 8 bits",
             (_context(*_STATIC),),
         ),
         "w4a16": (Spec("uint4_g64", None, _SVDQUANT), "4-bit weights, 16-bit activations, rank 32", ()),

@@ -59,7 +59,8 @@ class Draft:
     clip: factor on the range of each block of weights, (N, Kp / block) or 1. edges: (bins - 1,) timesteps between bins, None = one bin.
     center: (T, K) added to the input by bin; `inputs`, `output`, statistics are of the centred rows. steps: (T,) static activation
     scales by bin, times ratio (Kp / block of act,). fixes: (T, N) more bias by bin. T = bins, and a last row for all of them together where
-    there are several. known: (P, K) raw rows that keep the float layer's output, see `qgen.nn.known`; statistics are without them.
+    there are several. offsets: (T,) how much of the pattern dither, (K,), is added to the input besides, by bin. known: (P, K) raw rows
+    that keep the float layer's output, see `qgen.nn.known`; statistics are without them.
     dtype: in which smooth, down and up are stored.
     log: what methods report, by name.
     """
@@ -81,6 +82,8 @@ class Draft:
     steps: Tensor | None = None
     ratio: Tensor | None = None
     fixes: Tensor | None = None
+    dither: Tensor | None = None
+    offsets: Tensor | None = None
     known: Tensor | None = None
     dtype: torch.dtype = torch.float16
     log: dict = field(default_factory=dict)
@@ -112,6 +115,10 @@ class Draft:
             return reference.fake_act(xh, self.act)
         step = self.steps[-1:] if bins is None else self.steps[bins]  # (M,) or (1,)
         return reference.fake_act(xh, self.act, step[:, None] * self.ratio)
+
+    def moved(self, x: Tensor, bins: Tensor | None) -> Tensor:
+        """Rows x (M, K), centred where the draft is, with what `dither` adds to those of each bin."""
+        return x if self.dither is None or bins is None else x + self.offsets[bins, None] * self.dither
 
     def rounded(self) -> "Draft":
         """Itself with the target rounded to nearest, if no method has rounded it yet."""
@@ -156,8 +163,8 @@ class Draft:
     def tables(self, rows: slice, dtype: torch.dtype) -> dict[str, Tensor | None]:
         """Timed slots of the finished layer's outputs `rows`, as `qgen.nn.clock` reads them, and its static activation scales."""
         if self._still():
-            one_bin = {name: _one(getattr(self, name)) for name in ("center", "steps", "fixes")}
-            return replace(self, edges=None, **one_bin).tables(rows, dtype)
+            center, steps, fixes = _one(self.center), _one(self.steps), _one(self.fixes)
+            return replace(self, edges=None, center=center, steps=steps, fixes=fixes).tables(rows, dtype)
         found: dict[str, Tensor | None] = {}
         if self.steps is not None:
             one = len(self.steps) == 1
@@ -166,6 +173,8 @@ class Draft:
                 "t_scale": None if one else self.steps,
             }
         shift = self.center
+        if self.dither is not None:
+            shift = (0.0 if shift is None else shift) + self.offsets[:, None] * self.dither
         if shift is not None or self.fixes is not None or found.get("t_scale") is not None:
             found |= self._along(shift, rows, dtype)
         timed = any(found.get(name) is not None for name in ("t_shift", "t_scale", "t_bias"))
@@ -175,7 +184,7 @@ class Draft:
     def _still(self) -> bool:
         """Whether there are bins of timesteps, and nothing that differs between them."""
         tables = [t for t in (self.center, self.steps, self.fixes) if t is not None]
-        return self.edges is not None and all(bool((t == t[-1:]).all()) for t in tables)
+        return self.edges is not None and self.dither is None and all(bool((t == t[-1:]).all()) for t in tables)
 
     def _along(self, shift: Tensor | None, rows: slice, dtype: torch.dtype) -> dict[str, Tensor | None]:
         """t_shift and t_bias, as curves if that takes less memory. The bias is there under t_scale too: the op's own would be scaled."""

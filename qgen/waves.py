@@ -18,6 +18,7 @@ from qgen.calibration.base import CalibrationSet, Call, _map
 from qgen.calibration.leading import Leading, some
 from qgen.calibration.moments import Moments, fine_edges
 from qgen.calibration.observers import AbsMax, Gram, Reservoir
+from qgen.calibration.paths import Paths
 from qgen.errors import BadData
 from qgen.methods.base import Stats, refine, sqnr_db
 from qgen.methods.temporal import begin, fit_judge
@@ -137,6 +138,7 @@ def _observers(groups: Iterable[Group], traffic: Traffic, seed: int = 0) -> dict
                 "gram": lambda s=site: Gram(s.tokens * traffic.seen_by(s), traffic.itemsize),
                 "absmax": AbsMax,
                 "moments": lambda: Moments(traffic.edges),
+                "paths": lambda s=site: Paths(rows_for(s.shape[1]) // 2, seed, traffic.itemsize),
             }
             if need not in bank:
                 bank[need] = kinds[need]()
@@ -327,6 +329,7 @@ def _unpacked(state: Any, device: torch.device) -> Any:
 
 def _stats(bank: dict) -> Stats:
     rows, gram, absmax = (bank.get(name) for name in ("rows", "gram", "absmax"))
+    paths, path_t = (bank["paths"].whole() if "paths" in bank else None) or (None, None)
     return Stats(
         fit=rows and rows.result(False),
         held=rows and rows.result(True),
@@ -336,6 +339,8 @@ def _stats(bank: dict) -> Stats:
         moments=bank.get("moments"),
         fit_t=rows and rows.times(False),
         held_t=rows and rows.times(True),
+        paths=paths,
+        path_t=path_t,
     )
 
 

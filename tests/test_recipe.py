@@ -79,7 +79,7 @@ def test_convolutions_of_unets_have_eight_bits_unless_asked(name):
         eight, why = recipe.resolve(site(path, kind))
         assert (eight.weight, eight.act) == ("int8_row", "int8_row") and "convolution" in why
         assert recipe.without("conv*").spec_for(site(path, kind)) == recipe.default
-    assert eight.bins == (8 if name == "w4a8-static" else 1)  # static scales are fixed by bin in convolutions, too
+    assert eight.bins == (32 if name == "w4a8-static" else 1)  # static scales are fixed by bin in convolutions, too
     assert recipe.spec_for(site("blocks.1.ff.conv_point", "conv2d")) == recipe.default  # Sana's are linear layers
     assert recipe.spec_for(site("conv_in", "conv2d", role="outside")) is None
     assert recipe.spec_for(site("b.conv1", "conv2d", shape=(64, 27))) is None

@@ -4,7 +4,7 @@ __all__ = ["Judge", "Method", "Stats", "best", "refine", "rounds_for", "sqnr_db"
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -34,7 +34,7 @@ class Judge:
     def error(self, draft: Draft) -> float:
         """Squared error of the output, relative to the float output's energy (without bias), as `Draft.error`."""
         layer = (draft.weight, draft.qweight, draft.up, draft.down, draft.smooth, draft.shift, draft.bias_fix)
-        parts = (*layer, draft.steps, draft.fixes)
+        parts = (*layer, draft.steps, draft.fixes, draft.dither)
         for seen, error in self._known:
             if draft.qweight is not None and all(a is b for a, b in zip(seen, parts, strict=True)):
                 return error
@@ -43,6 +43,11 @@ class Judge:
         return error
 
     def _error(self, draft: Draft) -> float:
+        if draft.dither is not None:  # as of other rows
+            plain = replace(draft, dither=None, offsets=None)
+            return Judge(
+                draft.moved(self.rows, self.bins), self.bins, self.rows if self.raw is None else self.raw
+            )._error(plain)
         if self._want is None or self._want[0] is not draft.weight:
             want = self.rows @ draft.weight.T
             whole = want if self.raw is None else self.raw @ draft.weight.T
@@ -68,6 +73,7 @@ class Stats:
     rows. absmax, absmean: (K,) over all fitted rows. seed: for the method's own random numbers.
     moments: of the raw input, by timestep. fit_t, held_t: (M,) timesteps of the rows; fit_bins, held_bins: (M,) their bins, once the
     draft has several; fit_raw, held_raw: the rows before they were centred.
+    paths: (P, S, K) rows of P tokens at S steps each, and path_t their timesteps (P, S).
     known: (P, K) first rows that all prompts have in common, which all of the above is without.
     judge: scores candidates, on the held-out rows, or on the fitted ones where nothing could be held out. cache: what methods computed for
     this draft and want to find again.
@@ -86,6 +92,8 @@ class Stats:
     held_bins: Tensor | None = None
     fit_raw: Tensor | None = None
     held_raw: Tensor | None = None
+    paths: Tensor | None = None
+    path_t: Tensor | None = None
     known: Tensor | None = None
     judge: Judge | None = field(init=False, default=None)
     cache: dict = field(init=False, default_factory=dict, repr=False)
@@ -106,7 +114,7 @@ class Method(Protocol):
     name: str
 
     def needs(self, site: Site) -> frozenset[str]:
-        """Statistics it reads, of {"rows", "gram", "absmax", "moments", "known"}; empty = data-free."""
+        """Statistics it reads, of {"rows", "gram", "absmax", "moments", "paths", "known"}; empty = data-free."""
         ...
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:

@@ -27,7 +27,11 @@ class BiasCorrection:
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:
         draft = replace(draft.rounded(), bias_fix=None)
-        x, xq = stats.fit.mean(0), draft.inputs(stats.fit).mean(0)  # everything after the rounding of inputs is linear
+        x = draft.moved(stats.fit, stats.fit_bins)
+        x, xq = (
+            x.mean(0),
+            draft.inputs(x, bins=stats.fit_bins).mean(0),
+        )  # everything after the rounding of inputs is linear
         mean = draft.qweight.dequantize() @ xq - draft.weight @ x
         if draft.up is not None:
             mean = mean + draft.up @ (draft.down @ x)

@@ -132,6 +132,9 @@ def _centred(stats: Stats, center: Tensor, edges: Tensor) -> Stats:
         return None if x is None else x + (center[:1] if bins is None else center[bins])
 
     fit, held = moved(stats.fit, stats.fit_bins), moved(stats.held, stats.held_bins)
+    paths = stats.paths
+    if paths is not None:
+        paths = paths + center[torch.bucketize(stats.path_t, edges).to(center.device) if len(edges) else 0]
     gram = stats.gram
     if gram is not None:
         count = len(edges) + 1
@@ -148,6 +151,7 @@ def _centred(stats: Stats, center: Tensor, edges: Tensor) -> Stats:
         gram=gram,
         absmax=None if stats.absmax is None else fit.abs().amax(0),
         absmean=None if stats.absmean is None else fit.abs().mean(0),
+        paths=paths,
         fit_raw=stats.fit,
         held_raw=stats.held,
     )
@@ -235,7 +239,7 @@ class TemporalBias:
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:
         draft = replace(draft.rounded(), fixes=None)
-        x = stats.fit
+        x = draft.moved(stats.fit, stats.fit_bins)
         error = draft.inputs(x, bins=stats.fit_bins) @ draft.values().T - x @ draft.weight.T
         if draft.up is not None:
             error += (x @ draft.down.T) @ draft.up.T

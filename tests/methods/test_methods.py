@@ -457,5 +457,5 @@ def test_every_method_is_data():
                 kind.name == name
                 and kind() == kind()
                 and kind().needs(Site("", "linear", "", 0, "", (64, 64)))
-                <= {"rows", "gram", "absmax", "moments", "known"}
+                <= {"rows", "gram", "absmax", "moments", "paths", "known"}
             )

@@ -126,3 +126,21 @@ def test_static_scales_of_blocks_are_one_number_per_block_and_one_per_bin():
     table = d.tables(slice(None), torch.float32)
     assert table["act_scale"] is d.ratio and table["t_scale"] is d.steps
     assert formats.get("int4_g32").element.signed
+
+
+def test_centres_along_one_curve_serve_as_well_as_one_for_each_bin():
+    """The input's mean moves along a line here; what it takes is two rows, however many bins there are."""
+    (d, _, one), (_, _, each) = (solved((Center(curves=c),), 8, "uint4_row", amplitude=False) for c in (1, None))
+    assert d.log["centred"] == "mean of each bin" and one < 1.02 * each
+    table = d.tables(slice(None), torch.float32)
+    assert table["t_shift"].shape == (2, K) and table["t_bias"].shape == (2, N) and table["t_mix"].shape[1] == 2
+
+
+def test_a_centre_for_each_bin_stays_only_where_it_is_worth_it():
+    labels = [
+        solved((Center(curves=1, worth=w),), 8, "uint4_row", amplitude=False)[0].log["centred"] for w in (0.1, 0.9)
+    ]
+    assert labels == ["mean of each bin", "one mean"]
+    for wrong in ({"worth": 1.0}, {"worth": -0.1}, {"curves": -1}):
+        with pytest.raises(ValueError, match=r"worth is a share|no, one or more curves"):
+            Center(**wrong)

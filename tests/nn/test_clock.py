@@ -10,6 +10,7 @@ from torch import nn
 import qgen
 from qgen.calibration.base import CalibrationSet, Call, Moment
 from qgen.io.into import load_peer
+from qgen.methods.dither import Dither
 from qgen.methods.lowrank import LowRank
 from qgen.methods.temporal import Center, Static, TemporalBias
 from qgen.nn import clock as clock_module
@@ -21,6 +22,10 @@ from qgen.recipe import Recipe, Spec
 TS = (100.0, 300.0, 500.0, 700.0, 900.0)
 TIMED = Recipe(Spec("int4_g64", "uint4_g64", (Center(), LowRank(8), TemporalBias()), bins=4))
 STATIC = Recipe(Spec("int4_g64", "int8_row", (Center(), LowRank(8), Static(), TemporalBias()), bins=4))
+DITHERED = Recipe(
+    Spec("int4_g64", "uint4_g64", (Center(curves=0), LowRank(8), Dither(), TemporalBias(curves=0)), bins=32)
+)
+KINDS = ("timed", "static", "dithered")
 
 
 class Denoiser(nn.Module):
@@ -40,6 +45,23 @@ class Denoiser(nn.Module):
         return x + self.layers[1](torch.tanh(h) + t)
 
 
+class Still(Denoiser):
+    """Its layers read tokens that hardly change from step to step, whose rounding errors add up."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("tokens", torch.randn(24, 64, generator=torch.Generator().manual_seed(1)) + self.direction)
+
+    def forward(self, x, timestep):
+        h = self.layers[0](self.tokens + 0.01 * x)
+        return 0.01 * x + self.layers[1](torch.tanh(h))
+
+
+def kind(name):
+    """The float model of a module among `made`."""
+    return Still if name == "dithered" else Denoiser
+
+
 def call(seed, *ts, sample=0):
     x = torch.randn(len(ts), 24, 64, generator=torch.Generator().manual_seed(seed))
     return Call(
@@ -54,10 +76,31 @@ def calls():
 
 @pytest.fixture(scope="module")
 def made(calls):
+    recipes = {"timed": TIMED, "static": STATIC, "dithered": DITHERED, "blind": TIMED.set("*", bins=1)}
     return {
-        name: qgen.quantize(Denoiser().eval(), recipe, calibration=calls, progress=False)
-        for name, recipe in {"timed": TIMED, "static": STATIC, "blind": TIMED.set("*", bins=1)}.items()
+        name: qgen.quantize(kind(name)().eval(), recipe, calibration=calls, progress=False)
+        for name, recipe in recipes.items()
     }
+
+
+def test_a_dithered_layer_keeps_curves_in_place_of_rows(made):
+    for layer in made["dithered"].layers:
+        bins, (rows, curves) = len(layer.t_edges) + 2, layer.t_mix.shape
+        assert rows == bins == len(TS) + 1 and len(layer.t_shift) <= curves < bins and len(layer.t_bias) == curves
+        shift = table(layer, "t_shift")
+        assert float((shift[:-1] - shift[-1]).abs().amax(1).min()) > 0  # every bin is moved
+        assert layer.layout.bins == bins and layer.layout.mix == curves and layer.layout.moved == len(layer.t_shift)
+    assert all(layer.t_mix is None and not layer.layout.mix for n in ("timed", "static") for layer in made[n].layers)
+
+
+def table(layer, name):
+    """A table with a row for each bin, by the formula."""
+    rows = getattr(layer, name).float()
+    return (
+        rows
+        if layer.t_mix is None
+        else torch.einsum("tr,rn->tn", layer.t_mix[:, layer.t_mix.shape[1] - len(rows) :], rows)
+    )
 
 
 def error(module, c):
@@ -72,7 +115,7 @@ def test_bins_beat_one_bin_on_unseen_calls(made):
     assert errors["timed"] < 0.85 * errors["blind"]
 
 
-@pytest.mark.parametrize("name", ["timed", "static"])
+@pytest.mark.parametrize("name", KINDS)
 def test_samples_of_one_batch_have_their_own_bins(made, name):
     module = made[name]
     together = call(2000, 900.0, 100.0, 500.0)
@@ -82,7 +125,7 @@ def test_samples_of_one_batch_have_their_own_bins(made, name):
     torch.testing.assert_close(whole, torch.cat(apart), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["timed", "static"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_order_of_calls_says_nothing(made, name):
     module, some = made[name], [call(3000 + i, t) for i, t in enumerate(TS)]
     with torch.no_grad():
@@ -102,7 +145,7 @@ def test_unseen_timesteps_take_the_bin_they_fall_into(made):
         assert int(clock_module._bins(layer, torch.zeros(1, 2, 64))) == want
 
 
-@pytest.mark.parametrize("name", ["timed", "static"])
+@pytest.mark.parametrize("name", KINDS)
 def test_tables_are_exact_where_nothing_is_rounded(made, name):
     """y = s_b op((x + c_b) / s_b) + d_b with an unrounded op is the float layer plus its bias correction: checked against the formula."""
     module, layer = made[name], made[name].layers[0]
@@ -112,11 +155,12 @@ def test_tables_are_exact_where_nothing_is_rounded(made, name):
     got = clock_module.apply(layer, x, lambda z: z @ layer.dequantize(torch.float32).T)
     want = x.clone()
     for i, row in enumerate(rows.tolist()):
-        want[i] = (x[i] + layer.t_shift[row].float()) @ layer.dequantize(torch.float32).T + layer.t_bias[row].float()
+        shift, bias = (table(layer, name)[row] for name in ("t_shift", "t_bias"))
+        want[i] = (x[i] + shift) @ layer.dequantize(torch.float32).T + bias
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["timed", "static"])
+@pytest.mark.parametrize("name", KINDS)
 def test_one_compiled_graph_serves_all_steps(made, name):
     module = copy.deepcopy(made[name])
     torch._dynamo.reset()
@@ -134,17 +178,17 @@ def test_one_compiled_graph_serves_all_steps(made, name):
     torch._dynamo.reset()
 
 
-def test_without_a_timestep_all_of_them_together_serve_and_it_is_said(calls, made, caplog):
-    layer = copy.deepcopy(made["timed"].layers[0])
+@pytest.mark.parametrize("name", ["timed", "dithered"])
+def test_without_a_timestep_all_of_them_together_serve_and_it_is_said(made, caplog, name):
+    layer = copy.deepcopy(made[name].layers[0])
     x = torch.randn(1, 3, 64)
     layer.clock.t, layer.clock.told = None, False
     with caplog.at_level(logging.WARNING, logger="qgen"):
         y = layer(x)
     assert "without a timestep" in caplog.text
-    alone = (
-        torch.ops.qgen.linear(x + layer.t_shift[-1].float(), *layer.record(), layer.kernel) + layer.t_bias[-1].float()
-    )
-    torch.testing.assert_close(y, alone)
+    shift, bias = (clock_module.whole_table(layer, slot)[-1] for slot in ("t_shift", "t_bias"))
+    torch.testing.assert_close(shift, table(layer, "t_shift")[-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(y, torch.ops.qgen.linear(x + shift, *layer.record(), layer.kernel) + bias)
 
 
 def test_a_model_that_takes_no_timestep_falls_back_and_says_so(caplog):
@@ -200,10 +244,10 @@ def test_convolutions_of_every_dimension_have_tables(conv):
     torch.testing.assert_close(got, torch.cat([c.run(model) for c in alone]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["timed", "static", "blind"])
+@pytest.mark.parametrize("name", [*KINDS, "blind"])
 def test_save_and_load_keep_every_bit(made, name, tmp_path):
     qgen.save(made[name], tmp_path / "m")
-    back = qgen.load(tmp_path / "m", into=Denoiser())
+    back = qgen.load(tmp_path / "m", into=kind(name)())
     c = call(5000, 900.0, 100.0)
     with torch.no_grad():
         assert torch.equal(c.run(back), c.run(made[name]))
@@ -231,19 +275,20 @@ def test_a_failed_run_takes_the_clock_off(calls):
     assert "qgen_clock" not in module.__dict__ and not module._forward_pre_hooks
 
 
-def test_export_to_formats_without_tables_is_refused_and_qgens_own_keeps_them(made, calls, tmp_path):
+@pytest.mark.parametrize("name", ["timed", "dithered"])
+def test_export_to_formats_without_tables_is_refused_and_qgens_own_keeps_them(made, calls, tmp_path, name):
     with pytest.raises(ValueError, match="tables over timesteps"):
-        qgen.export(made["timed"], "comfy", tmp_path / "x.safetensors")
-    qgen.export(made["timed"], "qgen", tmp_path / "own")
+        qgen.export(made[name], "comfy", tmp_path / "x.safetensors")
+    qgen.export(made[name], "qgen", tmp_path / "own")
     (file,) = (tmp_path / "own").glob("*.safetensors")
     for to in ("comfy", "float"):
         with pytest.raises(ValueError, match="tables over timesteps"):
             qgen.export(file, to, tmp_path / "x.safetensors")
-    again = load_peer(file, into=Denoiser())
-    for a, b in zip(again.layers, made["timed"].layers, strict=True):
+    again = load_peer(file, into=kind(name)())
+    for a, b in zip(again.layers, made[name].layers, strict=True):
         assert a.layout == b.layout and all(torch.equal(a.canonical()[k], v) for k, v in b.canonical().items())
     with torch.no_grad():
-        assert torch.equal(calls.calls[0].run(again), calls.calls[0].run(made["timed"]))
+        assert torch.equal(calls.calls[0].run(again), calls.calls[0].run(made[name]))
 
 
 @pytest.mark.parametrize(
@@ -266,13 +311,69 @@ def test_timestep_of(given, wanted):
     assert (None if found is None else found.tolist()) == wanted
 
 
-def test_a_fused_lora_sees_the_raw_input(made):
-    layer = copy.deepcopy(made["timed"].layers[0])
-    layer.clock.t = torch.tensor([850.0])
-    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(8))
-    before = layer(x)
-    a, b = torch.randn(4, 64) * 0.1, torch.randn(64, 4) * 0.1
-    lora.append_rank(layer, [(a, b)])
-    torch.testing.assert_close(layer(x), before + x @ a.T @ b.T, atol=2e-2, rtol=2e-2)
-    lora.cut_rank(layer)
-    assert torch.equal(layer(x), before)
+@pytest.mark.parametrize("name", ["timed", "dithered"])
+def test_a_fused_lora_sees_the_raw_input(made, name):
+    layer = copy.deepcopy(made[name].layers[0])
+    x = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(8))
+    generator = torch.Generator().manual_seed(9)
+    a, b = (torch.randn(*shape, generator=generator) * 0.1 for shape in ((4, 64), (64, 4)))
+    for t in (torch.tensor([850.0, 150.0]), torch.tensor([300.0]), None):
+        layer.clock.t = t
+        before = layer(x)
+        lora.append_rank(layer, [(a, b)])
+        torch.testing.assert_close(layer(x), before + x @ a.T @ b.T, atol=2e-2, rtol=2e-2)
+        lora.cut_rank(layer)
+        assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("name", ["timed", "dithered"])
+def test_a_fused_lora_is_exported_with_its_tables(made, name, tmp_path):
+    """The file knows of no LoRA: what it makes of the shifts has gone into the stored biases."""
+    module = copy.deepcopy(made[name])
+    generator = torch.Generator().manual_seed(9)
+    for layer in module.layers:
+        a, b = (torch.randn(*shape, generator=generator) * 0.1 for shape in ((4, 64), (64, 4)))
+        lora.append_rank(layer, [(a, b)])
+    c = call(6000, 900.0, 100.0)
+    with torch.no_grad():
+        plain, want = c.run(made[name]), c.run(module)
+        assert float((want - plain).norm()) > 0.1 * float(plain.norm())
+        qgen.export(module, "qgen", tmp_path / "fused")
+        assert torch.equal(c.run(module), want)  # the model itself is left as it was
+        (file,) = (tmp_path / "fused").glob("*.safetensors")
+        back = load_peer(file, into=kind(name)())
+        assert all(a.fused_from is None and a.rank == b.rank for a, b in zip(back.layers, module.layers, strict=True))
+        torch.testing.assert_close(c.run(back), want, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_copies_and_casts_keep_the_tables(made, name):
+    """A deep copy answers alike and has a clock of its own; a cast to 16 bits changes the biases alone, and little of the output."""
+    module, c = copy.deepcopy(made[name]), call(7000, 900.0, 100.0)
+    assert module.qgen_clock is not made[name].qgen_clock
+    assert all(layer.clock is module.qgen_clock for layer in module.layers)
+    with torch.no_grad():
+        want = c.run(made[name])
+        assert torch.equal(c.run(module), want)
+        module.to(torch.bfloat16)
+        for cast, layer in zip(module.layers, made[name].layers, strict=True):
+            assert cast.layout == layer.layout
+            for slot, t in cast.canonical().items():
+                was = layer.canonical()[slot]
+                assert t.dtype == (torch.bfloat16 if slot in ("bias", "t_bias") else was.dtype), slot
+                assert torch.equal(t, was.to(t.dtype)), slot
+        got = module(c.args[0].bfloat16(), c.kwargs["timestep"])
+    assert (
+        float((got.float() - want).norm() / want.norm()) < 0.1
+    )  # inputs near the middle of two codes take the other one
+
+
+def test_state_dicts_carry_curves_and_refuse_others(made):
+    module, other = copy.deepcopy(made["dithered"]), copy.deepcopy(made["dithered"])
+    state = {name: t.clone() for name, t in module.state_dict().items() if not name.endswith(".weight")}
+    state["layers.0.t_mix"] *= 2
+    other.load_state_dict(state, strict=False)
+    assert torch.equal(other.layers[0].t_mix, 2 * module.layers[0].t_mix)
+    state["layers.0.t_mix"] = state["layers.0.t_mix"][:, :-1]
+    with pytest.raises(RuntimeError, match=r"layers\.0\.t_mix: expected"):
+        other.load_state_dict(state, strict=False)

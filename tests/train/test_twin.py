@@ -1,6 +1,7 @@
 """Twins: the packed layer's own numbers, gradients by the formulas, only declared tensors move, and back without a trace."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 import qgen
 from qgen import formats
+from qgen.calibration.base import CalibrationSet
 from qgen.kernels import reference
+from qgen.methods.dither import Dither
 from qgen.methods.gptq import GPTQ
 from qgen.methods.lowrank import LowRank
 from qgen.methods.rotate import Rotate
@@ -31,15 +34,32 @@ RECIPES = {
     "sub-scales": Recipe(Spec("int4_s8_g64", "int8_row")),
     "timed": Recipe(Spec("int4_g64", "uint4_g64", (Center(), LowRank(4), TemporalBias()), bins=4)),
     "static": Recipe(Spec("int4_g64", "int8_row", (Center(), Static(), TemporalBias()), bins=4)),
+    "curves": Recipe(Spec("int4_g64", "uint4_g64", (Center(curves=0), LowRank(4), TemporalBias(curves=1)), bins=8)),
+    "dithered": Recipe(
+        Spec("int4_g64", "uint4_g64", (Center(curves=0), LowRank(4), Dither(), TemporalBias(curves=0)), bins=8)
+    ),
 }
+CURVED = ("curves", "dithered")
+
+
+def still(calls):
+    """Each sample's calls with the latents of its first one, so large that little else of the input counts: what dither is for."""
+    first = {c.moment.sample: c.args[0] for c in reversed(calls.calls)}
+    made = (replace(c, args=(100 * first[c.moment.sample],)) for c in calls.calls)
+    return CalibrationSet(tuple(made))
 
 
 @pytest.fixture(params=RECIPES)
 def pair(request):
     teacher = net()
-    student = qgen.quantize(copy.deepcopy(teacher), RECIPES[request.param], calibration=timed_calls(), progress=False)
+    calls = timed_calls(4, 8) if request.param in CURVED else timed_calls()
+    if request.param == "dithered":
+        calls = still(calls)
+    student = qgen.quantize(copy.deepcopy(teacher), RECIPES[request.param], calibration=calls, progress=False)
     qgen.prepare(student, "reference")
-    assert (student.blocks[0].fc1.t_edges is not None) == (RECIPES[request.param].default.bins > 1)
+    fc1 = student.blocks[0].fc1
+    assert (fc1.t_edges is not None) == (RECIPES[request.param].default.bins > 1)
+    assert (fc1.t_mix is not None) == (request.param in CURVED)
     return student, teacher
 
 
