@@ -9,6 +9,7 @@ common, without loss.
 
 __all__ = ["Factored", "curved", "factored"]
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,9 @@ def curved(table: Tensor, weights: Tensor, curves: int) -> Tensor:
     return torch.cat([whole + torch.where(root > 0, kept, 0.0).to(table), whole])
 
 
-def factored(shift: Tensor | None, bias_of, dtype: torch.dtype, itemsize: int) -> Factored | None:
+def factored(
+    shift: Tensor | None, bias_of: Callable[[Tensor | None], Tensor], dtype: torch.dtype, itemsize: int
+) -> Factored | None:
     """The tables as curves, where that takes less memory; None where it does not.
 
     shift: (T, K) float32 or None. bias_of: the bias (T, N) float32 that belongs to the shift as it will be stored, (T, K) or None. dtype:
@@ -55,9 +58,8 @@ def factored(shift: Tensor | None, bias_of, dtype: torch.dtype, itemsize: int) -
     mix = resting if moving is None else torch.cat([resting, moving], 1)  # orthonormal
     bins, columns = mix.shape
     before = bins * ((0 if shift is None else shift.shape[1] * dtype.itemsize) + bias.shape[1] * itemsize)
-    after = (
-        4 * mix.numel() + (0 if rows is None else rows.numel() * dtype.itemsize) + columns * bias.shape[1] * itemsize
-    )
+    stored = 0 if rows is None else rows.numel() * dtype.itemsize
+    after = 4 * mix.numel() + stored + columns * bias.shape[1] * itemsize
     peak = _peak(mix)  # rows are then no larger than the tables', so that 16 bits hold them
     return Factored((mix / peak).contiguous(), rows, (mix.T @ bias) * peak[:, None]) if after < before else None
 
