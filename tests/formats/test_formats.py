@@ -347,7 +347,8 @@ def test_error_is_bounded_by_the_range(name, rows, exponent, seed):
     y = fmt.fake(x)
     amax = x.abs().max() if name in SHARED else fmt.blocks(x).abs().amax(-1, keepdim=True)
     error = fmt.blocks((y - x).abs())
-    limit = None if name == "nvfp4_dynamic" else 1.0 if fmt.bits <= 2 or name.startswith("binary") else 0.35
+    fitted = name.startswith(("binary", "lut"))  # to the mean: a value that stands alone may be far off
+    limit = None if name == "nvfp4_dynamic" else 1.0 if fmt.bits <= 2 or fitted else 0.35
     assert y.isfinite().all()
     if limit:
         assert (error <= limit * amax + 1e-30).all()
