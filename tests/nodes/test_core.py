@@ -119,8 +119,9 @@ def test_decoders_draw_pictures_without_nan_in_every_way_that_the_node_offers(tm
 
 def test_scales_follow_the_noise_level_that_comfyui_is_at_and_survive_a_file(tmp_path):
     seen = run("flux-timed", tmp_path)
-    assert seen["layers"] == seen["loaded is timed"] > 4 and seen["bins"] == 4
+    assert seen["layers"] == seen["loaded is timed"] > 4 and seen["moving"] > 0 and seen["bins"] == 4
     for fact in ("wound", "clock follows sigmas", "sigmas win", "loaded is equal", "back is exact"):
         assert seen[fact] is True, fact
-    above(seen, {"cosine": 0.994, "lora": 0.965, "worn": 0.99999, "difference": 0.993, "override": 0.998})
+    above(seen, {"cosine": 0.994, "lora": 0.965, "difference": 0.993, "override": 0.998})
+    assert seen["worn"] > 0.99999  # of the same numbers, in a file
     assert seen["refused"].startswith("format: ") and "tables over timesteps" in seen["refused"]
