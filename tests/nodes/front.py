@@ -37,5 +37,7 @@ def opened(server: comfy_server.Server, size: tuple[int, int] = (1600, 900)) -> 
         page.wait_for_function(
             "!!(window.app?.graph && window.LiteGraph?.registered_node_types?.QGenReport)", timeout=120_000
         )
+        # the workflow that it starts with comes last: before it, it would cover what a test loads
+        page.wait_for_function("app.graph._nodes.length > 0", timeout=120_000)
         yield page
         browser.close()
