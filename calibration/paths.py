@@ -31,10 +31,8 @@ class Paths(Reservoir):
         if not sides:
             return None
         keys, x, t = (torch.cat(parts) for parts in zip(*sides, strict=True))
-        order = t.argsort(stable=True)
-        order = order[
-            keys[order].argsort(stable=True)
-        ]  # by token, and each one's by time, in whatever order the calls came
+        order = t.argsort(stable=True)  # by token, and each one's by time, in whatever order the calls came
+        order = order[keys[order].argsort(stable=True)]
         count = keys[order].unique_consecutive(return_counts=True)[1]
         steps = int(count.repeat_interleave(count).mode().values)
         if steps < 2:

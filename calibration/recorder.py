@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qgen.calibration.base import CalibrationSet, Call, Moment, _map, calibrators
 from qgen.calibration.prompts import PROMPTS, as_prompts
-from qgen.calibration.timeline import log_snr, unit_of
+from qgen.calibration.timeline import GOLDEN, log_snr, unit_of
 from qgen.nn.clock import timestep_of
 from qgen.progress import quiet
 from qgen.team import ALONE, Team
@@ -61,7 +61,7 @@ class Recorder:
 
     def pick(self, run: Sequence[Call], count: int, sample: int) -> list[int]:
         """Which calls of one run to keep: ascending indices. Here evenly spread, with an offset that moves from run to run."""
-        offset = (sample * 0.618034) % 1.0  # golden ratio: over many prompts every step is seen
+        offset = (sample * GOLDEN) % 1.0  # over many prompts every step is seen
         return sorted({int((i + offset) * len(run) / count) for i in range(count)})
 
     def calls(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qgen.calibration.base import CalibrationSet, Call, calibrators
 from qgen.calibration.recorder import Recorder
-from qgen.calibration.timeline import unit_of
+from qgen.calibration.timeline import GOLDEN, unit_of
 
 
 def stratified(weights: Tensor, count: int, offset: float) -> list[int]:
@@ -52,7 +52,7 @@ class Uniform(Recorder):
 @dataclass(frozen=True)
 class _Weighted(Recorder, ABC):
     def pick(self, run: Sequence[Call], count: int, sample: int) -> list[int]:
-        return stratified(self.weights(run), count, (sample * 0.618034) % 1.0)
+        return stratified(self.weights(run), count, (sample * GOLDEN) % 1.0)
 
     @abstractmethod
     def weights(self, run: Sequence[Call]) -> Tensor:

@@ -7,12 +7,13 @@ Timesteps differ between schedulers in number and place, never in meaning: they 
 Kingma et al., 2021, https://arxiv.org/abs/2107.00630
 """
 
-__all__ = ["log_snr", "unit_of"]
+__all__ = ["GOLDEN", "log_snr", "unit_of"]
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
+GOLDEN = 0.618034  # its multiples, without their whole parts, never crowd: offsets that differ from each to the next
 LIMIT = 14.0  # where |log-SNR| is cut off: pure noise and pure signal are infinitely far away
 
 

@@ -146,6 +146,11 @@ class Draft:
         got = self.output(x) if self.bias is None else self.output(x) - self.bias
         return float((got - want).square().sum() / want.square().sum().clamp_min(1e-30))
 
+    def lost(self, x: Tensor, bins: Tensor | None = None) -> Tensor:
+        """What rounding does to the output (M, N) of rows x (M, K), before any bias makes up for it. bins: of the rows."""
+        error = self.inputs(x, bins=bins) @ self.values().T - x @ self.weight.T
+        return error if self.up is None else error.add_((x @ self.down.T) @ self.up.T)
+
     def offset(self) -> Tensor | None:
         """(N,) what is added to the float layer's bias: its correction, and the constant −Ŵ ((shift / smooth) H) that undoes `shift`."""
         if self.shift is None:

@@ -24,7 +24,6 @@ from qgen import formats
 from qgen.errors import BadCheckpoint, QgenError
 from qgen.io.files import DTYPES, Files, digest, parse
 from qgen.nn.attention import Choices
-from qgen.nn.clock import TIMED
 from qgen.nn.known import KNOWN
 from qgen.nn.packed import COUNTS, STORED, Layout, Packed
 from qgen.recipe import Recipe
@@ -241,7 +240,6 @@ def _entry(item: Any, where: Path | str) -> LayerEntry:
         and dtype in (torch.float32, torch.float16, torch.bfloat16)
         and all(type(item[key]) is int and 0 <= item[key] <= _MOST for key in ("rank", "hadamard"))
         and all(type(item.get(key, 0)) is int and 0 <= item.get(key, 0) <= _MOST for key in COUNTS)
-        and bool(item.get("bins", 0)) == bool(set(TIMED) & set(item["slots"]))
         and ("t_edges" in item["slots"]) == (item.get("bins", 0) > 1)
         and bool(item.get("bins", 0)) == any(slot in item["slots"] for slot in ("t_shift", "t_scale", "t_bias"))
         and ("t_mix" in item["slots"]) == bool(item.get("mix", 0))

@@ -73,7 +73,7 @@ class Stats:
     rows. absmax, absmean: (K,) over all fitted rows. seed: for the method's own random numbers.
     moments: of the raw input, by timestep. fit_t, held_t: (M,) timesteps of the rows; fit_bins, held_bins: (M,) their bins, once the
     draft has several; fit_raw, held_raw: the rows before they were centred.
-    paths: (P, S, K) rows of P tokens at S steps each, and path_t their timesteps (P, S).
+    paths: (P, S, K) rows of P tokens at S steps each, path_t and path_bins (P, S) as of other rows.
     known: (P, K) first rows that all prompts have in common, which all of the above is without.
     judge: scores candidates, on the held-out rows, or on the fitted ones where nothing could be held out. cache: what methods computed for
     this draft and want to find again.
@@ -94,6 +94,7 @@ class Stats:
     held_raw: Tensor | None = None
     paths: Tensor | None = None
     path_t: Tensor | None = None
+    path_bins: Tensor | None = None
     known: Tensor | None = None
     judge: Judge | None = field(init=False, default=None)
     cache: dict = field(init=False, default_factory=dict, repr=False)

@@ -20,12 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qgen.calibration.timeline import GOLDEN
 from qgen.kernels.reference import hadamard_blocks
 from qgen.methods.base import Stats
 from qgen.recipe import methods
 from qgen.site import Draft, Site
-
-GOLDEN = 0.618034
 
 
 @methods.register("dither")
@@ -54,16 +53,15 @@ class Dither:
         return frozenset({"rows", "moments", "paths"} if site.kind == "linear" else {"rows", "moments"})
 
     def refine(self, draft: Draft, stats: Stats) -> Draft:
-        if draft.edges is None or stats.paths is None or not draft.act:
+        if stats.path_bins is None or not draft.act:
             return draft
         draft = replace(draft.rounded(), dither=None, offsets=None)
-        bins = torch.bucketize(stats.path_t, draft.edges.cpu()).to(draft.weight.device)
         u = (torch.arange(len(draft.edges) + 1, device=draft.weight.device) * GOLDEN) % 1 * 2 - 1
         u = torch.cat([u, u.new_zeros(1)])  # without a timestep nothing is moved
         pattern = self._pattern(draft, stats)
         trials = [draft, *(replace(draft, dither=a * pattern, offsets=u) for a in self.amplitudes)]
         steps = min(self.steps, len(draft.edges) + 1)  # a run has no more of them than there are timesteps
-        errors = [along(trial, stats.paths, bins, steps) for trial in trials]
+        errors = [along(trial, stats.paths, stats.path_bins, steps) for trial in trials]
         means = [float(error.mean()) for error in errors]
         chosen = min(range(len(trials)), key=means.__getitem__)
         gain = errors[0] - errors[chosen]
@@ -93,9 +91,7 @@ def along(draft: Draft, paths: Tensor, bins: Tensor, steps: int) -> Tensor:
     rows, owner = paths.flatten(0, 1), bins.flatten()
     energy = (rows @ draft.weight.T).square().sum(-1).mean().clamp_min(1e-30)
     rows = draft.moved(rows, owner)
-    error = draft.inputs(rows, bins=owner) @ draft.values().T - rows @ draft.weight.T
-    if draft.up is not None:
-        error += (rows @ draft.down.T) @ draft.up.T
+    error = draft.lost(rows, owner)
     error = (error - error.mean(0)).unflatten(0, paths.shape[:2])
     single = error.square().sum(-1).mean(1)
     summed = error.sum(1).square().sum(-1)

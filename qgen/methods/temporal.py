@@ -72,9 +72,9 @@ def begin(draft: Draft, stats: Stats) -> tuple[Draft, Stats]:
         edges = stats.moments.cut(draft.spec.bins)
         if len(edges):
             draft = replace(draft, edges=edges.to(draft.weight.device)).noted(bins=len(edges) + 1)
-            bins = [None if t is None else torch.bucketize(t, edges) for t in (stats.fit_t, stats.held_t)]
-            bins = [b if b is None else b.to(draft.weight.device) for b in bins]
-            stats = replace(stats, fit_bins=bins[0], held_bins=bins[1])
+            times = (stats.fit_t, stats.held_t, stats.path_t)
+            bins = [None if t is None else torch.bucketize(t, edges).to(draft.weight.device) for t in times]
+            stats = replace(stats, fit_bins=bins[0], held_bins=bins[1], path_bins=bins[2])
     centring = next((m for m in draft.spec.methods if isinstance(m, Center)), None)
     return _centre(draft, stats, centring) if centring and draft.sites[0].kind == "linear" else (draft, stats)
 
@@ -132,9 +132,6 @@ def _centred(stats: Stats, center: Tensor, edges: Tensor) -> Stats:
         return None if x is None else x + (center[:1] if bins is None else center[bins])
 
     fit, held = moved(stats.fit, stats.fit_bins), moved(stats.held, stats.held_bins)
-    paths = stats.paths
-    if paths is not None:
-        paths = paths + center[torch.bucketize(stats.path_t, edges).to(center.device) if len(edges) else 0]
     gram = stats.gram
     if gram is not None:
         count = len(edges) + 1
@@ -151,7 +148,7 @@ def _centred(stats: Stats, center: Tensor, edges: Tensor) -> Stats:
         gram=gram,
         absmax=None if stats.absmax is None else fit.abs().amax(0),
         absmean=None if stats.absmean is None else fit.abs().mean(0),
-        paths=paths,
+        paths=moved(stats.paths, stats.path_bins),
         fit_raw=stats.fit,
         held_raw=stats.held,
     )
@@ -240,9 +237,7 @@ class TemporalBias:
     def refine(self, draft: Draft, stats: Stats) -> Draft:
         draft = replace(draft.rounded(), fixes=None)
         x = draft.moved(stats.fit, stats.fit_bins)
-        error = draft.inputs(x, bins=stats.fit_bins) @ draft.values().T - x @ draft.weight.T
-        if draft.up is not None:
-            error += (x @ draft.down.T) @ draft.up.T
+        error = draft.lost(x, stats.fit_bins)
         if (offset := draft.offset()) is not None:
             error += offset
         whole = error.mean(0, keepdim=True)

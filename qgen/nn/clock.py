@@ -93,7 +93,7 @@ def _find(places: list[tuple[int, str]], args: tuple, kwargs: dict) -> Any:
 def _per_sample(value: Any) -> Tensor | None:
     if value is None or (isinstance(value, Tensor) and not value.numel()):
         return None
-    t = torch.as_tensor(value).float()
+    t = torch.as_tensor(value).float().contiguous()  # a batch that shares one timestep is often an expanded view
     return t.reshape(1) if t.ndim == 0 else t if t.ndim == 1 else t.flatten(1).amax(1)
 
 
@@ -153,7 +153,7 @@ def _bins(layer: Any, x: Tensor) -> Tensor:
         raise RuntimeError(
             f"a layer's input has {len(x)} rows along its first axis, the denoiser got {len(t)} timesteps: the first must be a multiple"
         )
-    return torch.bucketize(t.contiguous(), layer.t_edges)  # a batch that shares one timestep is often an expanded view
+    return torch.bucketize(t, layer.t_edges)
 
 
 def clock_of(module: nn.Module) -> Clock:
